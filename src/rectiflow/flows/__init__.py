@@ -1,0 +1,33 @@
+"""Paths, fields, couplings, solvers and their metrics."""
+
+from rectiflow._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "adaptive": ("DormandPrince",),
+        "compiled": ("CompiledSampler",),
+        "fields": ("Counted", "Field", "FlowModel"),
+        "integration": ("Step", "Trajectory", "integrate", "uniform_times"),
+        "paths": (
+            "ConstantSpeedVPPath",
+            "CosinePath",
+            "EDMPath",
+            "PacedPath",
+            "Path",
+            "RectifiedPath",
+            "SubVPPath",
+            "VarianceExplodingPath",
+            "VariancePreservingPath",
+        ),
+        "sampling": ("sample",),
+        "stochastic": ("StochasticEuler",),
+        "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
+        "premetrics": ("FeatureL2", "L2", "PseudoHuber", "Regression"),
+        "times": ("Discrete", "TimeSampler", "Uniform"),
+        "analytic": (),
+        "likelihood": ("log_likelihood",),
+        "metrics": (),
+        "solvers": (),
+    },
+)
