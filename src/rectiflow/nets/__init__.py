@@ -5,7 +5,7 @@ from rectiflow._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "registry": ("Size", "build", "names", "register", "sizes"),
+        "registry": ("Size", "build", "names", "preset_for", "register", "sizes"),
         "base": ("Net",),
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),

@@ -169,3 +169,20 @@ def _check_arguments(name: str, factory: Callable[..., nn.Module], config: dict[
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in config]
     if missing:
         raise ValueError(f"net {name!r} needs {missing[0]!r}: it takes {', '.join(accepted)}")
+
+
+def preset_for(shape: tuple[int, ...]) -> str:
+    """The ready-made size to begin with for samples of a shape.
+
+    Example:
+        >>> preset_for((1, 8, 8)), preset_for((1, 28, 28)), preset_for((3, 256, 256))
+        ('mlp-digits', 'unet-xs', 'unet-256')
+    """
+    if len(shape) != 3:
+        return "mlp"
+    side = max(shape[1:])
+    if side <= 12:
+        return "mlp-digits"
+    if side <= 28:
+        return "unet-xs"
+    return "unet-cifar10" if side <= 64 else "unet-256"
