@@ -1,0 +1,1 @@
+"""Training flows on real data."""
