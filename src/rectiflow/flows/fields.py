@@ -129,6 +129,11 @@ class FlowModel(nn.Module):
         output = self.net(x, t, **condition)
         return self.path.convert(output, x, t, given=self.prediction, wanted="score")
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the network takes class labels."""
+        return bool(getattr(self.net, "classes", 0))
+
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The condition that stands for "none", for guidance and condition dropout."""
         known = getattr(self.net, "null_condition", None)

@@ -1,0 +1,35 @@
+"""The table of commands: what each does and which module runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        summary: one line for `--help`.
+        module: the module with its `Settings` dataclass and `run(settings)`.
+    """
+
+    summary: str
+    module: str
+
+
+COMMANDS = {
+    "demo": Command("data in, a one-step generator out: the whole chain", "rectiflow.cli.demo"),
+    "train": Command("train a flow on images", "rectiflow.cli.train"),
+    "pairs": Command("generate noise-image pairs with a trained flow", "rectiflow.cli.pairs"),
+    "reflow": Command("straighten a flow on its own pairs", "rectiflow.cli.reflow"),
+    "distill": Command("distil a straightened flow to one or few steps", "rectiflow.cli.distill"),
+    "sample": Command("generate images with a model", "rectiflow.cli.sample"),
+    "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
+    "info": Command("what a model folder is and how it was made", "rectiflow.cli.info"),
+    "export": Command("write a sampler as ONNX or torch.export program", "rectiflow.cli.export"),
+    "list": Command("the 41 systems and their recipes", "rectiflow.cli.list"),
+    "run": Command("run a recipe: a paper's claim against measurement", "rectiflow.cli.run"),
+    "cite": Command("the papers that a run used", "rectiflow.cli.cite"),
+    "doctor": Command("check environment, extras and devices", "rectiflow.cli.doctor"),
+}

@@ -1,0 +1,125 @@
+"""Settings of a command from flags and a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rectiflow.errors import require, unknown
+
+T = TypeVar("T")
+
+
+def parse(
+    kind: type[T],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    summary: str,
+    defaults: T | None = None,
+) -> T:
+    """The settings of a command.
+
+    Flags win over the file, the file over the defaults.
+
+    Args:
+        kind: a dataclass; nested dataclasses become dotted flags.
+        arguments: the words after the command.
+        command: the command's name.
+        summary: the first line of its help.
+        defaults: settings to start from; `kind()` by default, if every field has a default.
+
+    Raises:
+        ValueError: a wrong file or value; the message says which.
+        SystemExit: after `--help`, or with status 2 after a wrong flag (tyro prints the line).
+    """
+    require("app", "tyro")
+    import tyro
+
+    words, file = _config_file(list(arguments))
+    if file is not None:
+        defaults = from_toml(kind, file, defaults)
+    options: dict[str, Any] = {} if defaults is None else {"default": defaults}
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=f"rectiflow {command}",
+        description=f"{summary}\n\nAlso: --config FILE.toml with the same names; --debug.",
+        **options,
+    )
+
+
+def _config_file(words: list[str]) -> tuple[list[str], Path | None]:
+    """Take `--config FILE` out of the words."""
+    for index, word in enumerate(words):
+        if word == "--config":
+            if index + 1 == len(words):
+                raise ValueError("--config needs a file")
+            return words[:index] + words[index + 2 :], Path(words[index + 1])
+        if word.startswith("--config="):
+            return words[:index] + words[index + 1 :], Path(word.removeprefix("--config="))
+    return words, None
+
+
+def from_toml(kind: type[T], file: Path, defaults: T | None = None) -> T:
+    """Settings from a TOML file over defaults. Dashes and underscores are alike in names."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no configuration file {file}")
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from None
+    return _fill(kind, table, defaults, str(file))
+
+
+def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    values = {name: getattr(defaults, name) for name in fields} if defaults is not None else {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise unknown(f"setting in {where}", key, (n.replace("_", "-") for n in fields))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} in {where} must be a table, got {value!r}")
+            inner = values.get(name)
+            if inner is None and fields[name].default_factory is not dataclasses.MISSING:
+                inner = fields[name].default_factory()  # type: ignore[misc]
+            values[name] = _fill(hint, value, inner, f"{where} [{key}]")
+        else:
+            values[name] = _value(key, value, hint, where)
+    return kind(**values)
+
+
+def _value(key: str, value: Any, hint: Any, where: str) -> Any:
+    """A TOML value as the type of the setting."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in inner:
+            if option is not type(None):
+                try:
+                    return _value(key, value, option, where)
+                except ValueError:
+                    continue
+    elif origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) == len(value):
+            return tuple(_value(key, v, k, where) for v, k in zip(value, kinds))
+    elif origin is typing.Literal:
+        if value in inner:
+            return value
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is Any or (isinstance(hint, type) and type(value) is hint):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{key} in {where} must be {wanted}, got {value!r}")

@@ -1,0 +1,179 @@
+"""Pictures of samples, paths and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rectiflow.files import atomic_path
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+
+COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48")
+
+
+def to_bytes(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
+    """Images in [-1, 1] as bytes; values outside are clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def tile(
+    images: Float[Tensor, "b c h w"], *, columns: int | None = None, scale: int = 1, gap: int = 1
+) -> UInt8[Tensor, "h w 3"]:
+    """Images side by side as one picture, row by row.
+
+    Args:
+        images: in [-1, 1], with 1 or 3 channels (more are cut to the first three).
+        columns: images in a row; nearly square by default.
+        scale: whole factor by which pixels are enlarged.
+        gap: white pixels between images, before enlarging.
+    """
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    pixels = to_bytes(images.detach().cpu().float())
+    pixels = pixels.expand(-1, 3, -1, -1) if channels == 1 else pixels[:, :3]
+    if channels == 2:
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    sheet = torch.full(
+        (3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8
+    )
+    for index, picture in enumerate(pixels):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        sheet[:, top : top + height, left : left + width] = picture
+    sheet = sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return sheet.permute(1, 2, 0).contiguous()
+
+
+def save_images(
+    images: Float[Tensor, "b c h w"], path: Path | str, *, columns: int | None = None
+) -> Path:
+    """Write images as one sheet, small ones enlarged to be seen."""
+    from PIL import Image
+
+    scale = max(1, round(64 / max(images.shape[-2:])))
+    with atomic_path(path) as temporary:
+        Image.fromarray(tile(images, columns=columns, scale=scale).numpy()).save(
+            temporary, format="png"
+        )
+    return Path(path)
+
+
+def compare_samples(
+    panels: Mapping[str, Float[Tensor, "b c h w"]], path: Path | str, *, title: str = ""
+) -> Path:
+    """Write sheets of images from the same noises side by side, each under its name."""
+    plt = _pyplot()
+    across = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
+    down = math.ceil(len(panels) / across)
+    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 3.35 * down), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, images) in zip(axes.flat, panels.items()):
+        scale = max(1, round(32 / images.shape[-1]))
+        axis.imshow(tile(images, scale=scale).numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=10)
+    return _finish(figure, path, title)
+
+
+def compare_trajectories(
+    panels: Mapping[str, Sequence[Float[Tensor, "b *dims"]]],
+    path: Path | str,
+    *,
+    data: Float[Tensor, "n *dims"] | None = None,
+    title: str = "",
+) -> Path:
+    """Draw the paths of the same noises under several models, in one plane.
+
+    The plane is spanned by the two main directions of the data (of the first panel's end points
+    without data), so that all panels can be compared.
+
+    Args:
+        panels: name to the states along the paths, one tensor a time.
+        path: the file.
+        data: samples to draw as background.
+        title: title of the figure.
+    """
+    plt = _pyplot()
+    ends = next(iter(panels.values()))[-1] if data is None else data
+    flat = ends.flatten(1).double().cpu()
+    centre = flat.mean(0)
+    plane = torch.linalg.svd(flat - centre, full_matrices=False).Vh[:2].T
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 4.1), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, states) in zip(axes.flat, panels.items()):
+        lines = torch.stack([(s.flatten(1).double().cpu() - centre) @ plane for s in states])
+        if data is not None:
+            cloud = (flat - centre) @ plane
+            axis.scatter(*cloud.T.numpy(), s=3, color="#cccccc", label="data", zorder=1)
+        for line in lines.unbind(1):
+            axis.plot(*line.T.numpy(), color=COLOURS[0], alpha=0.55, lw=0.9, zorder=2)
+        axis.scatter(*lines[0].T.numpy(), s=7, color=COLOURS[1], label="noise (t = 0)", zorder=3)
+        axis.scatter(*lines[-1].T.numpy(), s=7, color=COLOURS[2], label="sample (t = 1)", zorder=3)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("first principal direction")
+    axes[0, 0].set_ylabel("second principal direction")
+    axes[0, 0].legend(fontsize=7, loc="upper right")
+    return _finish(figure, path, title)
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path | str,
+    *,
+    across: str,
+    up: str,
+    floor: tuple[str, float] | None = None,
+    logarithmic: bool = False,
+    title: str = "",
+) -> Path:
+    """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.8))
+    for colour, (name, (x, y)) in zip(_cycle(len(lines)), lines.items()):
+        axis.plot(x, y, marker="o" if len(x) <= 20 else None, ms=4, color=colour, label=name)
+    if floor is not None:
+        axis.axhline(floor[1], color="#777777", ls="--", lw=1, label=floor[0])
+    if logarithmic:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        ticks = sorted({value for x, _ in lines.values() for value in x})
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
+    return _finish(figure, path, title)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _pyplot() -> Any:
+    """Matplotlib's pyplot on a backend that needs no screen."""
+    import matplotlib
+
+    matplotlib.use("agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finish(figure: Any, path: Path | str, title: str) -> Path:
+    plt = _pyplot()
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=Path(path).suffix.lstrip(".") or "png")
+    plt.close(figure)
+    return Path(path)

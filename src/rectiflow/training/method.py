@@ -1,0 +1,48 @@
+"""What is trained: a method names its phases, the trainer runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from rectiflow.flows.couplings import Draw
+from rectiflow.flows.fields import FlowModel
+from rectiflow.training.optimizers import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One set of parameters with the loss that moves them.
+
+    Attributes:
+        name: shown in logs and errors.
+        module: holds the parameters that this phase trains.
+        loss: the mean loss of the draw's rows.
+        every: the phase runs on every so many training steps.
+        optimizer: settings of its own; the trainer's by default.
+        inspect: called with the draw of a step whose loss was not finite; says what is wrong with
+            its data, or nothing.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Draw], Tensor]
+    every: int = 1
+    optimizer: OptimizerSettings | None = None
+    inspect: Callable[[Draw], str] | None = None
+
+
+class Method(Protocol):
+    """What a trainer can train.
+
+    Attributes:
+        model: the model that training makes, averaged over steps.
+    """
+
+    model: FlowModel
+
+    def phases(self) -> Sequence[Phase]:
+        """The phases, in the order in which a step runs them."""

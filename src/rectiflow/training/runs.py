@@ -1,0 +1,161 @@
+"""Run folders: where a command writes, what it was told, what it ran on, which papers it used."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rectiflow import __version__
+from rectiflow.errors import RunExistsError
+from rectiflow.files import read_json, write_json
+
+RECORD = "run.json"
+
+
+class Run:
+    """A folder that holds everything one command made.
+
+    `run.json` says the command, its resolved settings, the environment, the systems used (for
+    `rectiflow cite`), and how it ended.
+
+    Args:
+        folder: the folder; it must be new or empty unless `resume` or `overwrite` is set.
+        command: what is run.
+        settings: the resolved settings: a dataclass or a table of plain values.
+        resume: go on in a folder of the same command.
+        overwrite: start anew in a folder that holds a run; its files stay until rewritten.
+
+    Raises:
+        RunExistsError: the folder is in use and neither flag is set.
+        ValueError: `resume` in a folder of another command.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        command: str,
+        settings: Any = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        self.folder, self.command, self.quiet = Path(folder), command, quiet
+        self._began = time.monotonic()
+        record = self.folder / RECORD
+        before = read_json(record) if record.is_file() else None
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunExistsError(f"{self.folder} is a file: choose another --out")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (resume or overwrite):
+            raise RunExistsError(
+                f"{self.folder} is not empty: choose another --out, continue it with --resume, or "
+                "write over it with --overwrite"
+            )
+        if resume and before is not None and before["command"] != command:
+            raise ValueError(
+                f"{self.folder} is a run of {before['command']!r}, not of {command!r}: nothing to "
+                "resume"
+            )
+        self.resumed = bool(resume and before is not None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._record = {
+            "command": command,
+            "status": "running",
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "settings": plain(settings),
+            "environment": environment(),
+            "systems": before["systems"] if self.resumed and before else [],
+        }
+        write_json(record, self._record)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._end("done")
+        elif issubclass(kind, KeyboardInterrupt):
+            self._end("interrupted")
+        else:
+            self._end("failed", reason=f"{kind.__name__}: {error}")
+
+    def path(self, name: str) -> Path:
+        """A path in the folder."""
+        return self.folder / name
+
+    def used(self, *slugs: str) -> None:
+        """Note which systems (slugs of the catalog) the run really used."""
+        self._record["systems"] = sorted({*self._record["systems"], *slugs})
+        write_json(self.folder / RECORD, self._record)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` holds."""
+        return self._record
+
+    def _end(self, status: str, **more: Any) -> None:
+        seconds = round(time.monotonic() - self._began, 2)
+        self._record.update(status=status, seconds=seconds, **more)
+        write_json(self.folder / RECORD, self._record)
+
+
+def new_folder(command: str, name: str = "", root: Path | str = "runs") -> Path:
+    """A folder name that is free: `runs/<command>-<name>-<date>-<time>`, numbered if taken."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = "-".join(part for part in (command, name, stamp) if part)
+    folder, number = Path(root) / base, 2
+    while folder.exists():
+        folder, number = Path(root) / f"{base}-{number}", number + 1
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as far as numbers depend on them; no names of people or hosts."""
+    import torch
+
+    versions = {}
+    for package in ("torch", "numpy", "safetensors", "accelerate", "scikit-learn", "scipy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {
+        "rectiflow": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def plain(value: Any) -> Any:
+    """Settings as values that JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Iterable):
+        return [plain(v) for v in value]
+    return str(value)

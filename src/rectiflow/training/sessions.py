@@ -1,0 +1,59 @@
+"""Train a method in a folder and leave a model with its lineage there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rectiflow.flows.artifact import identity
+from rectiflow.flows.fields import FlowModel
+from rectiflow.training.method import Method
+from rectiflow.training.runs import plain
+from rectiflow.training.trainer import Trainer, TrainerSettings
+
+MODEL = "model"
+
+
+def train_model(
+    method: Method,
+    settings: TrainerSettings,
+    folder: Path | str,
+    *,
+    entry: Mapping[str, Any],
+    parent: FlowModel | None = None,
+    title: str = "train",
+    resume: bool = False,
+    callbacks: Sequence[Callable[[Trainer, int], None]] = (),
+) -> FlowModel:
+    """Train, record the lineage, write `folder/model` and return the averaged model.
+
+    Args:
+        method: what to train.
+        settings: how.
+        folder: holds checkpoints, the loss log and, at the end, the model folder.
+        entry: what the lineage says of this training; `method` names it.
+        parent: the model it started from or learned from.
+        title: shown beside the progress bar.
+        resume: go on from the newest checkpoint; a finished model is returned as it is.
+        callbacks: see `Trainer`.
+    """
+    folder = Path(folder)
+    target = folder / MODEL
+    if resume and target.is_dir():
+        return FlowModel.from_pretrained(target)
+    trainer = Trainer(method, settings, folder=folder, title=title, callbacks=callbacks)
+    model = trainer.fit(resume=resume)
+    made: dict[str, Any] = {
+        **plain(entry),
+        "steps": settings.steps,
+        "batch_size": settings.batch_size * settings.accumulate * trainer.accelerator.num_processes,
+        "seed": settings.seed,
+    }
+    if parent is not None:
+        made["parent"] = identity(parent)
+    model.lineage = [*(parent.lineage if parent is not None else []), made]
+    if trainer.accelerator.is_main_process:
+        model.save_pretrained(target, overwrite=True)
+    trainer.accelerator.wait_for_everyone()
+    return model

@@ -1,0 +1,383 @@
+"""The training loop: one for every method, on one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rectiflow.errors import NonFiniteLossError, positive, require, unknown
+from rectiflow.flows.couplings import Draw
+from rectiflow.flows.fields import FlowModel
+from rectiflow.training import checkpoints, optimizers
+from rectiflow.training.averaging import EMA
+from rectiflow.training.method import Method, Phase
+from rectiflow.training.optimizers import OptimizerSettings
+from rectiflow.training.progress import bar
+from rectiflow.training.records import MetricsLog
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long, how large, how often."""
+
+    steps: int = 4000
+    """Training steps (optimizer updates)."""
+    batch_size: int = 256
+    """Samples of one micro-batch on one process."""
+    accumulate: int = 1
+    """Micro-batches added up before an update."""
+    ema: float = 0.999
+    """Decay of the weight average; 0 keeps the last weights."""
+    seed: int = 0
+    """Seed of data order, noises and times."""
+    precision: str = "no"
+    """no, bf16 or fp16 mixed precision."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 50
+    """Steps between logged losses."""
+    tracker: str = "none"
+    """Experiment tracker of Accelerate: tensorboard, wandb, mlflow, ... or none."""
+    optim: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """The optimizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
+            positive(name, getattr(self, name))
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise unknown("precision", self.precision, ("no", "bf16", "fp16"))
+
+
+class _PhaseModule(nn.Module):
+    """A phase as a module whose forward is the loss, so that data-parallel wrappers see it all."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        # Named so that a wrapper's own "module." prefix can be told apart in state names.
+        self.trained = phase.module
+        self._loss = phase.loss
+
+    def forward(self, draw: Draw) -> Tensor:
+        return self._loss(draw)
+
+
+class Trainer:
+    """Trains a method.
+
+    Runs on Accelerate: CPU, one GPU, data-parallel under `accelerate launch`, mixed precision,
+    accumulation. The randomness of a step follows from seed and step alone, so two processes make
+    the step that one process with the doubled batch makes, and a resumed training equals an
+    uninterrupted one (bit for bit on a CPU).
+
+    Args:
+        method: what to train.
+        settings: how.
+        folder: where checkpoints (`checkpoints/`) and the loss log (`metrics.jsonl`) go; without
+            one nothing is written.
+        title: shown beside the progress bar.
+        callbacks: called with the trainer and the number of finished steps after each update.
+        accelerator: an `accelerate.Accelerator` of your own.
+
+    Example:
+        >>> from rectiflow.flows.couplings import Independent
+        >>> from rectiflow.nets import build
+        >>> from rectiflow.training import FlowMatching
+        >>> model = FlowModel(build("mlp", shape=(2,), width=8, depth=1), shape=(2,))
+        >>> method = FlowMatching(model, Independent(torch.randn(64, 2)))
+        >>> trainer = Trainer(method, TrainerSettings(steps=3, batch_size=8))
+        >>> trained = trainer.fit()
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        settings: TrainerSettings | None = None,
+        *,
+        folder: Path | str | None = None,
+        title: str = "train",
+        callbacks: Sequence[Callable[[Trainer, int], None]] = (),
+        accelerator: Any = None,
+    ) -> None:
+        require("app", "accelerate")
+        self.method = method
+        self.settings = settings if settings is not None else TrainerSettings()
+        self.folder = Path(folder) if folder is not None else None
+        self.title, self.callbacks = title, list(callbacks)
+        self.accelerator = accelerator if accelerator is not None else self._make_accelerator()
+        self.device = self.accelerator.device
+        self.phases = list(method.phases())
+        method.model.to(self.device)
+        if self.settings.compile and isinstance(method.model.net, nn.Module):
+            method.model.net.compile()
+        self._options = [phase.optimizer or self.settings.optim for phase in self.phases]
+        self._modules, self._optimizers = [], []
+        for phase, options in zip(self.phases, self._options):
+            phase.module.to(self.device)
+            optimizer = optimizers.build(phase.module.parameters(), options)
+            module, optimizer = self.accelerator.prepare(_PhaseModule(phase), optimizer)
+            self._modules.append(module)
+            self._optimizers.append(optimizer)
+        self.ema = EMA(method.model, self.settings.ema)
+        self.generator = torch.Generator(self.device)
+        self.step = 0
+
+    def fit(self, *, resume: bool = False) -> FlowModel:
+        """Train to the last step and return the averaged model.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder, if there is one.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
+            KeyboardInterrupt: Ctrl-C or a termination signal, after a checkpoint was written.
+            OSError: a checkpoint could not be written; earlier ones are intact.
+        """
+        settings = self.settings
+        if resume and self.folder is not None:
+            self._resume()
+        log = MetricsLog(self.folder / "metrics.jsonl" if self._writes else None, self.step)
+        self.accelerator.init_trackers("rectiflow", config=_flat(asdict(settings)))
+        for phase in self.phases:
+            phase.module.train()
+        shown = self.accelerator.is_main_process
+        window = torch.zeros(len(self.phases), dtype=torch.float64, device=self.device)
+        since = self.step
+        with (
+            _interruptible() as interrupted,
+            bar(self.title, settings.steps, start=self.step, shown=shown) as progress,
+        ):
+            numbers: dict[str, float] = {}
+            while self.step < settings.steps:
+                self._update(window)
+                self.step += 1
+                for callback in self.callbacks:
+                    callback(self, self.step)
+                last = self.step == settings.steps
+                stop = self._agreed(interrupted.is_set())
+                due = last or stop or self.step % settings.checkpoint_every == 0
+                if due or self.step % settings.log_every == 0:
+                    numbers = self._numbers(window, self.step - since)
+                    window.zero_()
+                    since = self.step
+                    log.write(self.step, numbers)
+                    self.accelerator.log(numbers, step=self.step)
+                if due:
+                    self._save()
+                if stop and not last:
+                    raise KeyboardInterrupt(f"stopped at step {self.step}")
+                progress.update(self.step, **numbers)
+        self.accelerator.end_training()
+        self.method.model.eval()
+        return self.result()
+
+    def result(self) -> FlowModel:
+        """The averaged model, in evaluation mode."""
+        model = self.method.model
+        return self.ema.averaged(model).eval() if self.settings.ema else model.eval()
+
+    def _update(self, window: Tensor) -> None:
+        """One training step: every phase that is due, then the average."""
+        settings, accelerator = self.settings, self.accelerator
+        parts = accelerator.num_processes * settings.accumulate
+        size = settings.batch_size * parts
+        for index, phase in enumerate(self.phases):
+            if self.step % phase.every:
+                continue
+            options, optimizer = self._options[index], self._optimizers[index]
+            module = self._modules[index]
+            for group in optimizer.param_groups:
+                group["lr"] = optimizers.rate(options, self.step, settings.steps)
+            for micro in range(settings.accumulate):
+                first = accelerator.process_index * settings.accumulate + micro
+                rows = slice(first * settings.batch_size, (first + 1) * settings.batch_size)
+                draw = self._draw(size, rows)
+                hold = micro + 1 < settings.accumulate
+                quiet = accelerator.no_sync(module) if hold else contextlib.nullcontext()
+                with quiet:
+                    loss = module(draw)
+                    if settings.accumulate > 1:
+                        loss = loss / settings.accumulate
+                    self._guard(phase, loss, rows)
+                    accelerator.backward(loss)
+                window[index] += loss.detach()
+            if options.clip_norm:
+                accelerator.clip_grad_norm_(phase.module.parameters(), options.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if settings.ema:
+            self.ema.update()
+
+    def _draw(self, size: int, rows: slice) -> Draw:
+        return Draw.of(
+            size, step=self.step, seed=self.settings.seed, part=rows, generator=self.generator
+        )
+
+    def _guard(self, phase: Phase, loss: Tensor, rows: slice) -> None:
+        """Stop before a bad step is taken, where looking at the loss costs nothing."""
+        if self.device.type == "cpu" and self.accelerator.num_processes == 1:
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                size = self.settings.batch_size * self.settings.accumulate
+                found = phase.inspect(self._draw(size, rows)) if phase.inspect else ""
+                self._refuse(phase.name, value, f"step {self.step + 1}", found)
+
+    def _refuse(self, name: str, value: float, where: str, found: str = "") -> None:
+        kept = checkpoints.list_checkpoints(self._folder) if self._folder else []
+        last = f"the checkpoint of step {kept[-1][0]} is kept" if kept else "no checkpoint was made"
+        advice = found or "lower --optim.learning-rate or check the data"
+        raise NonFiniteLossError(f"the {name} loss is {value} at {where}; {last}: {advice}")
+
+    def _numbers(self, window: Tensor, steps: int) -> dict[str, float]:
+        """Mean loss of each phase since the last look, over all processes."""
+        means = self.accelerator.reduce(window, "mean").tolist()
+        numbers = {}
+        for phase, total in zip(self.phases, means):
+            name = "loss" if len(self.phases) == 1 else f"loss/{phase.name}"
+            runs = sum(1 for s in range(self.step - steps, self.step) if s % phase.every == 0)
+            if not math.isfinite(total):
+                self._refuse(phase.name, total, f"steps {self.step - steps + 1} to {self.step}")
+            if runs:
+                numbers[name] = total / runs
+        return numbers
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was asked to stop."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor([float(stop)], device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    @property
+    def _folder(self) -> Path | None:
+        return self.folder / "checkpoints" if self.folder is not None else None
+
+    @property
+    def _writes(self) -> bool:
+        return self.folder is not None and bool(self.accelerator.is_main_process)
+
+    def _save(self) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        if self._folder is None:
+            return
+        options = StateDictOptions(full_state_dict=True, cpu_offload=self.device.type != "cpu")
+        state: dict[str, Any] = {
+            "step": self.step,
+            "seed": self.settings.seed,
+            "size": self._size,
+            "ema": self.ema.state_dict(),
+            "random": _random_state(self.device),
+        }
+        for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
+            weights, moments = get_state_dict(module, optimizer.optimizer, options=options)
+            state[f"phase/{phase.name}"] = {"module": weights, "optimizer": moments}
+        if self._writes:
+            checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _size(self) -> int:
+        settings = self.settings
+        return settings.batch_size * settings.accumulate * int(self.accelerator.num_processes)
+
+    def _resume(self) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        assert self._folder is not None
+        state = checkpoints.read_newest(self._folder, map_location="cpu")
+        if state is None:
+            return
+        for name, own in (("seed", self.settings.seed), ("size", self._size)):
+            if state[name] != own:
+                word = "seed" if name == "seed" else "batch over all processes"
+                raise ValueError(
+                    f"cannot resume: the checkpoint's {word} is {state[name]}, now {own}; use the "
+                    "settings of the first run or start a new one"
+                )
+        options = StateDictOptions(full_state_dict=True)
+        for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
+            saved = state[f"phase/{phase.name}"]
+            set_state_dict(
+                module,
+                optimizer.optimizer,
+                model_state_dict=saved["module"],
+                optim_state_dict=saved["optimizer"],
+                options=options,
+            )
+        self.ema.load_state_dict(state["ema"])
+        _set_random_state(state["random"], self.device)
+        self.step = int(state["step"])
+
+    def _make_accelerator(self) -> Any:
+        from accelerate import Accelerator
+
+        tracked = self.settings.tracker != "none" and self.folder is not None
+        return Accelerator(
+            mixed_precision=self.settings.precision,
+            log_with=self.settings.tracker if tracked else None,
+            project_dir=str(self.folder) if tracked else None,
+        )
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's own generators, which dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half.
+
+    A second Ctrl-C interrupts at once.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as one level, for trackers."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
