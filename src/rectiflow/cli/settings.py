@@ -78,6 +78,8 @@ def from_toml(kind: type[T], file: Path, defaults: T | None = None) -> T:
 
 
 def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
+    import tyro
+
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     values = {name: getattr(defaults, name) for name in fields} if defaults is not None else {}
@@ -95,6 +97,11 @@ def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
             values[name] = _fill(hint, value, inner, f"{where} [{key}]")
         else:
             values[name] = _value(key, value, hint, where)
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            # The flag may still come; tyro asks for it if it does not.
+            values[name] = tyro.MISSING
     return kind(**values)
 
 

@@ -1,4 +1,4 @@
-"""Fields: what solvers, guidance and distillation see, and `FlowModel`, which makes one of a net."""
+"""Fields: what solvers, guidance and distillation see; `FlowModel` makes one of a network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import torch
 from torch import nn
 
 from rectiflow.errors import unknown
@@ -43,7 +42,7 @@ class Field(Protocol):
 
 def velocity_of(field: Field | Velocity) -> Velocity:
     """The velocity function of a field, or the callable itself."""
-    return getattr(field, "velocity", field)
+    return cast(Velocity, getattr(field, "velocity", field))
 
 
 class FlowModel(nn.Module):

@@ -104,7 +104,7 @@ def sample(
                     method,
                     correctors=correctors,
                     generator=generator,
-                    **_rows(condition, part, source.shape[0]),
+                    **condition_rows(condition, part, source.shape[0]),
                 )
             )
             if progress is not None:
@@ -112,7 +112,7 @@ def sample(
     return torch.cat(parts)
 
 
-def _rows(condition: dict[str, Any], part: slice, count: int) -> dict[str, Any]:
+def condition_rows(condition: dict[str, Any], part: slice, count: int) -> dict[str, Any]:
     """The rows of the condition that belong to a part of the batch."""
     rows = {}
     for name, value in condition.items():

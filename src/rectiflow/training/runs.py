@@ -45,15 +45,16 @@ class Run:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        quiet: bool = False,
     ) -> None:
-        self.folder, self.command, self.quiet = Path(folder), command, quiet
+        self.folder, self.command = Path(folder), command
+        self.main = is_main_process()
         self._began = time.monotonic()
         record = self.folder / RECORD
         before = read_json(record) if record.is_file() else None
         if self.folder.exists() and not self.folder.is_dir():
             raise RunExistsError(f"{self.folder} is a file: choose another --out")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (resume or overwrite):
+        taken = self.folder.is_dir() and any(self.folder.iterdir())
+        if self.main and taken and not (resume or overwrite):
             raise RunExistsError(
                 f"{self.folder} is not empty: choose another --out, continue it with --resume, or "
                 "write over it with --overwrite"
@@ -64,7 +65,6 @@ class Run:
                 "resume"
             )
         self.resumed = bool(resume and before is not None)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._record = {
             "command": command,
             "status": "running",
@@ -73,7 +73,7 @@ class Run:
             "environment": environment(),
             "systems": before["systems"] if self.resumed and before else [],
         }
-        write_json(record, self._record)
+        self._write()
 
     def __enter__(self) -> Run:
         return self
@@ -93,7 +93,7 @@ class Run:
     def used(self, *slugs: str) -> None:
         """Note which systems (slugs of the catalog) the run really used."""
         self._record["systems"] = sorted({*self._record["systems"], *slugs})
-        write_json(self.folder / RECORD, self._record)
+        self._write()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -103,7 +103,16 @@ class Run:
     def _end(self, status: str, **more: Any) -> None:
         seconds = round(time.monotonic() - self._began, 2)
         self._record.update(status=status, seconds=seconds, **more)
-        write_json(self.folder / RECORD, self._record)
+        self._write()
+
+    def _write(self) -> None:
+        if self.main:
+            write_json(self.folder / RECORD, self._record)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first (or only) process of a launch."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def new_folder(command: str, name: str = "", root: Path | str = "runs") -> Path:

@@ -1,0 +1,164 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rectiflow.errors import positive
+from rectiflow.training.progress import bar
+from rectiflow.training.runs import Run, new_folder
+
+if TYPE_CHECKING:
+    from rectiflow.flows.fields import FlowModel
+    from rectiflow.training.data import ImageData
+    from rectiflow.training.evaluation import Evaluator
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results go and what happens if something is there."""
+
+    out: Path | None = None
+    """Run folder; runs/COMMAND-NAME-TIME by default."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    overwrite: bool = False
+    """Start anew in an --out that holds a run."""
+
+    def check_output(self) -> None:
+        """Refuse flags that contradict each other."""
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out: the run folder to go on with")
+
+    def open(self, command: str, name: str = "") -> Run:
+        """The run of a command, with these settings."""
+        self.check_output()
+        folder = self.out if self.out is not None else new_folder(command, name)
+        return Run(folder, command, self, resume=self.resume, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, photos, folder:PATH, hub:NAME, parquet:PATH or npy:PATH."""
+    size: int | None = None
+    """Side to which images are cut and scaled; needed where sizes differ."""
+    channels: int | None = None
+    """1 (grey) or 3 (colour); as the files are by default."""
+
+    def load(self, split: str = "train") -> ImageData:
+        """The images of a split."""
+        return load_data(self.data, split=split, size=self.size, channels=self.channels)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How samples are scored."""
+
+    samples: int = 5000
+    """Samples for each score."""
+    features: str = "auto"
+    """auto, random, or inception:PATH (local weights) for FID."""
+
+    def check_scores(self) -> None:
+        """Refuse counts that cannot be scored."""
+        positive("samples", self.samples)
+
+    def evaluator(self, train: ImageData, test: ImageData) -> Evaluator:
+        """The evaluator of a data set."""
+        from rectiflow.training.evaluation import Evaluator
+
+        return Evaluator(
+            train, test, count=self.samples, features=self.features, cache=cache_folder()
+        )
+
+
+def load_data(
+    spec: str, *, split: str = "train", size: int | None = None, channels: int | None = None
+) -> ImageData:
+    """Images by spec string, decoded once into the cache."""
+    from rectiflow.training import data
+
+    return data.load(spec, split=split, size=size, channels=channels, cache=cache_folder())
+
+
+def data_of(model: FlowModel, split: str = "train") -> ImageData:
+    """The images that a model was trained on, as its folder records them."""
+    known = model.data
+    if "spec" not in known:
+        raise ValueError("the model does not say what it was trained on: name the data by --data")
+    return load_data(
+        known["spec"], split=split, size=known.get("size"), channels=known.get("channels")
+    )
+
+
+def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) -> dict[str, Any]:
+    """The condition for samples of one class, or of random classes for a conditional model."""
+    import torch
+
+    classes = int(getattr(model.net, "classes", 0))
+    if not model.conditional:
+        if label is not None:
+            raise ValueError("--label was given but the model takes no labels")
+        return {}
+    if label is None:
+        return {"label": torch.randint(classes, (count,), generator=generator)}
+    if not 0 <= label < classes:
+        raise ValueError(f"--label must be in 0 to {classes - 1}, got {label}")
+    return {"label": torch.full((count,), label)}
+
+
+def choose_device(name: str) -> Any:
+    """A torch device: auto takes a GPU when there is one.
+
+    Raises:
+        ValueError: the device is not available.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} is not available ({reason}): use auto or cpu") from None
+    return device
+
+
+def cache_folder() -> Path:
+    """Where decoded data and trained features are kept: $RECTIFLOW_CACHE or ~/.cache/rectiflow."""
+    chosen = os.environ.get("RECTIFLOW_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "rectiflow"
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show warnings as one line, without the source line they came from."""
+
+    def show(message: Any, *rest: Any, **more: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def counting(title: str, total: int, unit: str) -> Iterator[Any]:
+    """A progress bar's `update`."""
+    with bar(title, total, unit=unit) as progress:
+        yield progress.update

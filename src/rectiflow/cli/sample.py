@@ -1,0 +1,99 @@
+"""`rectiflow sample`: generate images with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rectiflow.cli.commands import COMMANDS
+from rectiflow.cli.options import choose_device, counting, labels_for
+from rectiflow.cli.settings import parse
+from rectiflow.errors import positive
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `rectiflow sample`."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder, or owner/name on the Hub."""
+    out: Path = Path("samples.png")
+    """A .png for one sheet, a .npy for the array in [-1, 1], or a folder for single images."""
+    count: int = 64
+    """Images."""
+    steps: int | None = None
+    """Solver steps; what the model was made for by default."""
+    solver: str | None = None
+    """euler, heun, midpoint, rk4, dopri5 or sde; the model's own by default."""
+    label: int | None = None
+    """Class of a conditional model; random classes by default."""
+    seed: int = 0
+    """Seed of the noises."""
+    batch_size: int = 256
+    """Images computed together."""
+    overwrite: bool = False
+    """Write over --out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size", "steps"):
+            value = getattr(self, name)
+            if value is not None:
+                positive(name, value)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    settings = parse(Settings, words, command="sample", summary=COMMANDS["sample"].summary)
+    out = settings.out
+    if out.exists() and not settings.overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out or pass --overwrite")
+    if out.suffix not in (".png", ".npy", ""):
+        raise ValueError(f"--out must be a .png, a .npy or a folder, got {out}")
+    import torch
+
+    from rectiflow.flows import FlowModel, sample
+
+    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
+    generator = torch.Generator().manual_seed(settings.seed)
+    condition = labels_for(model, settings.count, settings.label, generator)
+    with counting("sample", settings.count, "images") as update:
+        images = sample(
+            model,
+            settings.count,
+            steps=settings.steps,
+            solver=settings.solver,
+            batch_size=settings.batch_size,
+            generator=generator,
+            progress=update,
+            **{name: value.to(choose_device(settings.device)) for name, value in condition.items()},
+        )
+    _write(images.cpu(), out)
+    print(f"{settings.count} images: {out}")
+    return 0
+
+
+def _write(images: object, out: Path) -> None:
+    """A sheet, an array or single files."""
+    import numpy as np
+    import torch
+
+    from rectiflow.files import atomic_folder, atomic_path
+    from rectiflow.training.figures import save_images, tile
+
+    assert isinstance(images, torch.Tensor)
+    if out.suffix == ".png":
+        save_images(images, out)
+    elif out.suffix == ".npy":
+        with atomic_path(out) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, images.numpy())
+    else:
+        from PIL import Image
+
+        with atomic_folder(out) as temporary:
+            for index, image in enumerate(images):
+                Image.fromarray(tile(image[None]).numpy()).save(temporary / f"{index:06d}.png")
