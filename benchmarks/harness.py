@@ -1,0 +1,273 @@
+"""Ratios that survive a busy machine: interleaved rounds, CPU time, and an A/A check.
+
+Every variant runs once in each round, so that whatever slows the machine slows all of them; a
+figure is the median over the rounds of a ratio within one round. The floor runs twice in a round:
+unless its ratio to itself is near one, nothing is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Two clocks, CPU first: wall time also counts what other programs did meanwhile.
+Clocks = tuple[float, float]
+Timer = Callable[[], Clocks]
+RESULTS = Path(__file__).parent / "results"
+AGAIN = "again"
+TRUSTED = (0.95, 1.05)
+
+
+class Unquiet(RuntimeError):
+    """The same code timed twice differed too much for any ratio to be trusted."""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The middle half of what the rounds gave."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of every variant in every round, and the figures made of them."""
+
+    seconds: Mapping[str, Sequence[Clocks]]
+
+    def ratio(self, name: str, base: str, *, clock: int = 0) -> Quartiles:
+        """`name` over `base`, round by round; clock 0 is CPU time and 1 wall time."""
+        pairs = zip(self.seconds[name], self.seconds[base])
+        return Quartiles.of([a[clock] / b[clock] for a, b in pairs])
+
+    def over(self, name: str, base: str, *, clock: int = 0) -> Quartiles:
+        """Seconds of `name` beyond `base`, round by round."""
+        pairs = zip(self.seconds[name], self.seconds[base])
+        return Quartiles.of([a[clock] - b[clock] for a, b in pairs])
+
+    def typical(self, name: str, *, clock: int = 0) -> float:
+        """Median seconds of one run."""
+        return statistics.median(pair[clock] for pair in self.seconds[name])
+
+
+def block(run: Callable[[], Any], *, shortest: float = 0.01) -> Timer:
+    """A timer of one run of `run`, repeated so often that a block lasts `shortest` CPU seconds.
+
+    Calibrating warms up: imports, caches and allocators have settled after three runs.
+    """
+    run(), run()
+    once = _clocked(run, 1)[0]
+    repeats = max(1, round(shortest / max(once, 1e-7)))
+
+    def timer() -> Clocks:
+        cpu, wall = _clocked(run, repeats)
+        return cpu / repeats, wall / repeats
+
+    return timer
+
+
+def _clocked(run: Callable[[], Any], repeats: int) -> Clocks:
+    gc.collect()
+    gc.disable()
+    try:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return time.process_time() - cpu, time.perf_counter() - wall
+    finally:
+        gc.enable()
+
+
+def child(*command: str) -> Timer:
+    """A timer of a Python process of its own: interpreter start, imports and exit included."""
+    import resource
+
+    def timer() -> Clocks:
+        before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - wall
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return cpu, wall
+
+    return timer
+
+
+def measure(
+    timers: Mapping[str, Timer], *, floor: str, rounds: int = 21, attempts: int = 5
+) -> Rounds:
+    """Time all variants in interleaved rounds, with `floor` a second time under the name "again".
+
+    Raises:
+        Unquiet: the floor's ratio to itself left [0.95, 1.05] in every attempt.
+    """
+    order = {**timers, AGAIN: timers[floor]}
+    for attempt in range(1, attempts + 1):
+        seconds: dict[str, list[Clocks]] = {name: [] for name in order}
+        for index in range(rounds):
+            # Turning the order round keeps a drift of the machine from favouring the first.
+            for name in list(order) if index % 2 else reversed(order):
+                seconds[name].append(order[name]())
+        found = Rounds(seconds)
+        again = found.ratio(AGAIN, floor).median
+        if TRUSTED[0] <= again <= TRUSTED[1]:
+            return found
+        print(f"attempt {attempt}: {floor} against itself gave {again:.3f}", file=sys.stderr)
+    raise Unquiet(
+        f"{floor} against itself stayed outside [{TRUSTED[0]}, {TRUSTED[1]}] in {attempts} "
+        "attempts: run again on a quieter machine"
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and what it should at most (or at least) be.
+
+    Attributes:
+        case: what was run, such as "mlp".
+        figure: what the number is, such as "ours / bare calls".
+        cpu: the figure in CPU time.
+        wall: the figure in wall time.
+        unit: "x" for ratios, "s" for seconds.
+        target: the bound, None for rows that only inform.
+        clock: the clock that the target is about.
+        lower_bound: the figure should be at least, not at most, the target.
+        note: what else a reader needs.
+    """
+
+    case: str
+    figure: str
+    cpu: Quartiles
+    wall: Quartiles
+    unit: str = "x"
+    target: float | None = None
+    clock: str = "cpu"
+    lower_bound: bool = False
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median keeps the target."""
+        if self.target is None:
+            return None
+        value = (self.cpu if self.clock == "cpu" else self.wall).median
+        return value >= self.target if self.lower_bound else value <= self.target
+
+
+def ratio(case: str, rounds: Rounds, name: str, base: str, **fields: Any) -> Row:
+    """The row of a ratio of two variants, with the time of one run in the note."""
+    per_run = f"{rounds.typical(name) * 1e3:.3g} ms against {rounds.typical(base) * 1e3:.3g} ms"
+    fields["note"] = "; ".join(filter(None, (per_run, fields.get("note", ""))))
+    figures = (rounds.ratio(name, base), rounds.ratio(name, base, clock=1))
+    return Row(case, f"{name} / {base}", *figures, **fields)
+
+
+def over(case: str, rounds: Rounds, name: str, base: str, **fields: Any) -> Row:
+    """The row of the seconds that one variant takes beyond another."""
+    figures = (rounds.over(name, base), rounds.over(name, base, clock=1))
+    return Row(case, f"{name} - {base}", *figures, unit="s", **fields)
+
+
+def machine(packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
+    """What the numbers depend on, without anything that names the machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((ln.split(":", 1)[1].strip() for ln in lines if "model name" in ln), model)
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or "default",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "load": round(os.getloadavg()[0], 1),
+        "sum_of_1000_us": round(block(lambda: sum(range(1000)))()[0] * 1e6, 1),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def report(
+    name: str, question: str, rows: Sequence[Row], *, packages: Sequence[str] = ("torch",)
+) -> bool:
+    """Write `results/NAME.json`, print the table, and say whether every target was met."""
+    described = machine(packages)
+    record = {
+        "name": name,
+        "question": question,
+        "machine": described,
+        "rows": [{**asdict(row), "met": row.met} for row in rows],
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    partial = RESULTS / f".{name}.json.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(RESULTS / f"{name}.json")
+    print(f"\n{question}\n{described}\n{table(rows)}")
+    return all(row.met is not False for row in rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text, quartiles in brackets."""
+    head = ("case", "figure", "cpu", "wall", "target", "met", "note")
+    lines = [head]
+    for row in rows:
+        sign = ">=" if row.lower_bound else "<="
+        target = f"{sign} {row.target:g} {row.clock}" if row.target is not None else ""
+        met = {True: "yes", False: "NO", None: ""}[row.met]
+        figures = (f"{q.median:.3f} [{q.low:.3f}, {q.high:.3f}]" for q in (row.cpu, row.wall))
+        lines.append((f"{row.case} ({row.unit})", row.figure, *figures, target, met, row.note))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def one_thread() -> None:
+    """Small models are fastest, and CPU time means something, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def available(package: str) -> bool:
+    """Whether a peer is installed; says so when it is not."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        print(f"{package} is not installed, its rows are left out (pip install 'rectiflow[bench]')")
+        return False
+    return True
+
+
+def finish(main: Callable[[], bool]) -> None:
+    """Run a benchmark as a program: 0 all targets met, 3 some missed, 4 machine too busy."""
+    try:
+        raise SystemExit(0 if main() else 3)
+    except Unquiet as error:
+        print(f"no result: {error}", file=sys.stderr)
+        raise SystemExit(4) from None
