@@ -61,10 +61,13 @@ def main(words: Sequence[str]) -> int:
 
 def examine() -> dict[str, Any]:
     """What there is, as plain values."""
-    from rectiflow.training.data import fashion_mnist_folder
+    from rectiflow.training.data import find_fashion_mnist
     from rectiflow.training.runs import environment
 
-    folder = fashion_mnist_folder()
+    try:
+        fashion = str(find_fashion_mnist())
+    except FileNotFoundError as error:
+        fashion = str(error)
     disk = shutil.disk_usage(Path.cwd())
     return {
         **environment(),
@@ -73,7 +76,7 @@ def examine() -> dict[str, Any]:
             name: [module for module in modules if util.find_spec(module) is None]
             for name, modules in EXTRAS.items()
         },
-        "fashion-mnist": str(folder) if folder else "not found (Debian: dataset-fashion-mnist)",
+        "fashion-mnist": fashion,
         "accelerators": _accelerators(),
         "version": metadata.version("rectiflow"),
     }

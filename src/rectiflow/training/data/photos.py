@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rectiflow.errors import positive, require
-from rectiflow.training.image_data import ImageData
+from rectiflow.training.data.image_data import ImageData
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

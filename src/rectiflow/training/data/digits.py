@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from rectiflow.errors import require
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.splits import choose, held_out
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.splits import choose, held_out
 
 
 def load_digits(*, split: str) -> ImageData:

@@ -11,7 +11,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from rectiflow.training.image_data import ImageData
+from rectiflow.training.data.image_data import ImageData
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where dataset-fashion-mnist puts its files
 CLASSES = (
@@ -35,7 +35,7 @@ def load_fashion_mnist(folder: Path | None, *, split: str) -> ImageData:
 
     Source: Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747.
     """
-    folder = folder or _find()
+    folder = folder or find_fashion_mnist()
     images, labels = [], []
     for part in SPLITS[split]:
         images.append(_checked(folder, part, "images-idx3-ubyte", 3))
@@ -121,7 +121,8 @@ def _checked(folder: Path, part: str, kind: str, dimensions: int) -> np.ndarray:
     )
 
 
-def _find() -> Path:
+def find_fashion_mnist() -> Path:
+    """The folder of Fashion-MNIST's IDX files: under $RECTIFLOW_DATA, or Debian's package."""
     places = [DEBIAN]
     if given := os.environ.get("RECTIFLOW_DATA"):
         places = [Path(given), Path(given) / "fashion-mnist", DEBIAN]

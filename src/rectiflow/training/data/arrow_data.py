@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rectiflow.training.arrays import as_images, reshape
-from rectiflow.training.decoding import Settings, decode_split
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.pictures import Source
-from rectiflow.training.splits import choose, held_out
+from rectiflow.training.data.arrays import as_images, reshape
+from rectiflow.training.data.decoding import Settings, decode_split
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.pictures import Source
+from rectiflow.training.data.splits import choose, held_out
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.splits import choose, held_out
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.splits import choose, held_out
 
 CHUNK = 4096  # images looked at together, so that a memory map is never read in whole
 SLACK = 1e-5  # float32 arithmetic may leave [-1, 1] by rounding

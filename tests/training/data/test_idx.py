@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rectiflow.training.data import load
-from rectiflow.training.idx import DEBIAN, read_idx
+from rectiflow.training.data.idx import DEBIAN, read_idx
 
 
 def write_folder(root, files):
@@ -86,7 +86,7 @@ def test_fashion_mnist_pads_to_32_and_resizes_beyond(garments):
 def test_fashion_mnist_faults(garments, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte or .* in .*/nowhere/"):
         load(f"fashion-mnist:{tmp_path / 'nowhere'}")
-    monkeypatch.setattr("rectiflow.training.idx.DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr("rectiflow.training.data.idx.DEBIAN", tmp_path / "nowhere")
     monkeypatch.delenv("RECTIFLOW_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="install the Debian package dataset-fashion-mnist"):
         load("fashion-mnist")

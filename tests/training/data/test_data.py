@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from rectiflow.training.data import SOURCES, ImageData, load, parse
-from rectiflow.training.photos import PHOTOS, _open, _tiles, crop_boxes
-from rectiflow.training.splits import held_out
+from rectiflow.training.data.photos import PHOTOS, _open, _tiles, crop_boxes
+from rectiflow.training.data.splits import held_out
 
 
 def solid(colour, mode="RGB", size=(6, 4)):
@@ -101,8 +101,8 @@ def test_photo_crops_of_train_and_test_share_no_pixel():
 
 
 def test_photos_are_crops_of_the_photographs(monkeypatch):
-    monkeypatch.setattr("rectiflow.training.photos.TRAIN", 40)
-    monkeypatch.setattr("rectiflow.training.photos.TEST", 20)
+    monkeypatch.setattr("rectiflow.training.data.photos.TRAIN", 40)
+    monkeypatch.setattr("rectiflow.training.data.photos.TEST", 20)
     data, again = load("photos"), load("photos")
     assert (len(data), data.shape, len(data.classes)) == (40, (3, 32, 32), 10)
     assert np.bincount(data.labels).tolist() == [4] * 10
@@ -163,7 +163,7 @@ def test_bad_npy(tmp_path, values, message):
 
 
 def test_npy_out_of_range_beyond_the_first_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("rectiflow.training.arrays.CHUNK", 2)
+    monkeypatch.setattr("rectiflow.training.data.arrays.CHUNK", 2)
     values = np.zeros((7, 2), np.float32)
     values[5, 1] = np.nan
     np.save(tmp_path / "a.npy", values)

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from rectiflow.errors import positive, unknown
-from rectiflow.training.arrays import load_npy, reshape
-from rectiflow.training.decoding import Settings
-from rectiflow.training.digits import load_digits
-from rectiflow.training.hub_data import load_hub, load_parquet
-from rectiflow.training.idx import load_fashion_mnist
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.image_folder import load_folder
-from rectiflow.training.photos import load_photos
-from rectiflow.training.splits import SPLITS
+from rectiflow.training.data.arrays import load_npy, reshape
+from rectiflow.training.data.decoding import Settings
+from rectiflow.training.data.digits import load_digits
+from rectiflow.training.data.hub_data import load_hub, load_parquet
+from rectiflow.training.data.idx import load_fashion_mnist
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.image_folder import load_folder
+from rectiflow.training.data.photos import load_photos
+from rectiflow.training.data.splits import SPLITS
 
 __all__ = ["SOURCES", "ImageData", "Source", "load", "parse"]
 

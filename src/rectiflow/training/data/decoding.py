@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rectiflow.files import atomic_folder, read_json, write_json
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.pictures import (
+from rectiflow.files import atomic_folder, cache_folder, read_json, write_json
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.pictures import (
     BadPictureError,
     Header,
     Source,
@@ -104,24 +104,18 @@ def decode_split(
     )
 
 
-def default_cache() -> Path:
-    """Where large decoded data goes when no cache folder is given."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "rectiflow" / "data"
-
-
 def _decode(name: str, items: Items, stamp: Any, order: np.ndarray, settings: Settings) -> Decoded:
     key = json.dumps([FORMAT, stamp, settings.size, settings.channels])
     slug = ImageData(name, np.zeros((0, 1, 1, 1), np.uint8), None, (), None).slug
     folder = f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    for root in (settings.cache, default_cache()):
+    for root in (settings.cache, cache_folder()):
         if root is not None and (found := _open_cache(root / folder)) is not None:
             return found
     channels, height, width, bad = _plan(name, items, settings)
     shape = (len(items), channels, height, width)
     cache = settings.cache
     if cache is None and np.prod(shape, dtype=np.int64) > IN_MEMORY:
-        cache = default_cache()
+        cache = cache_folder()
     if cache is None:
         images = np.empty(shape, np.uint8)
         kept, skipped = _fill(images, name, items, order, bad, settings)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rectiflow.training.data import load
-from rectiflow.training.pictures import BadPictureError, read_header, read_picture
+from rectiflow.training.data.pictures import BadPictureError, read_header, read_picture
 
 
 def solid(colour, mode="RGB", size=(6, 4)):
@@ -286,7 +286,7 @@ def test_cache_is_a_reused_memory_map(zoo, tmp_path, monkeypatch):
     assert calls == [(i, 8) for i in range(1, 9)]
     (kept,) = cache.iterdir()
     assert sorted(p.name for p in kept.iterdir()) == ["images.npy", "index.json"]
-    monkeypatch.setattr("rectiflow.training.decoding.read_header", None)  # not to be called
+    monkeypatch.setattr("rectiflow.training.data.decoding.read_header", None)  # not to be called
     with pytest.warns(UserWarning, match="skipped 3"):
         second = load(f"folder:{zoo}", split="all", cache=cache)
     for data in (first, second):
@@ -327,7 +327,7 @@ def test_damaged_cache_is_made_again(tmp_path, damaged):
 
 
 def test_large_folders_are_mapped_unasked(tmp_path, monkeypatch):
-    monkeypatch.setattr("rectiflow.training.decoding.IN_MEMORY", 100)
+    monkeypatch.setattr("rectiflow.training.data.decoding.IN_MEMORY", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     data = load(f"folder:{write_folder(tmp_path / 'images', coloured(5))}")
     assert not data.images.flags.writeable

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from rectiflow.errors import require
-from rectiflow.training.decoding import Settings, decode_split
-from rectiflow.training.image_data import ImageData
-from rectiflow.training.pictures import EXTENSIONS
-from rectiflow.training.splits import held_out
+from rectiflow.training.data.decoding import Settings, decode_split
+from rectiflow.training.data.image_data import ImageData
+from rectiflow.training.data.pictures import EXTENSIONS
+from rectiflow.training.data.splits import held_out
 
 CAPTIONS = "metadata.csv"
 

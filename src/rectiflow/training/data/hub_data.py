@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rectiflow.errors import require
-from rectiflow.training.arrow_data import Part, load_table
-from rectiflow.training.decoding import Settings
-from rectiflow.training.image_data import ImageData
+from rectiflow.training.data.arrow_data import Part, load_table
+from rectiflow.training.data.decoding import Settings
+from rectiflow.training.data.image_data import ImageData
 
 ROWS = 64  # rows read together: what is held in memory of encoded pictures
 TESTS = ("test", "validation", "valid", "val")
