@@ -128,7 +128,7 @@ class Evaluator:
         """The scores of given images in [-1, 1]."""
         from rectiflow.flows.couplings import TensorData
 
-        return self._scores(TensorData(images))
+        return self._scores(TensorData(images.cpu()))
 
     def _scores(self, data: Any) -> Scores:
         moments, pixels = self._moments(data)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from rectiflow import errors, files
-from rectiflow.training.feature_net import FeatureNet, fit, standardise
-from rectiflow.training.inception import Inception
+from rectiflow.training.evaluation.feature_net import FeatureNet, fit, standardise
+from rectiflow.training.evaluation.inception import Inception
 
 if TYPE_CHECKING:
     from jaxtyping import Float
