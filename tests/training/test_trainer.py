@@ -1,0 +1,294 @@
+"""The trainer against a hand-written loop, against itself resumed, and against faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from rectiflow.errors import NonFiniteLossError
+from rectiflow.flows import FlowModel, Independent
+from rectiflow.flows.couplings import Draw, TensorData
+from rectiflow.nets import build
+from rectiflow.training import (
+    EMA,
+    FlowMatching,
+    OptimizerSettings,
+    Phase,
+    Trainer,
+    TrainerSettings,
+    checkpoints,
+)
+from rectiflow.training.records import read_log
+
+DATA = torch.randn(200, 2, generator=torch.Generator().manual_seed(5)) + 1
+
+
+def make_model(dropout: float = 0.0) -> FlowModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = build("mlp", shape=(2,), width=16, depth=1, dropout=dropout, zero=False)
+    return FlowModel(net, shape=(2,))
+
+
+def settings(steps: int = 12, **changes) -> TrainerSettings:
+    options = {"batch_size": 16, "checkpoint_every": 5, "log_every": 3, "ema": 0.99}
+    return TrainerSettings(steps=steps, **{**options, **changes})
+
+
+def train(steps: int = 12, folder: Path | None = None, resume: bool = False, **changes) -> FlowModel:
+    method = FlowMatching(make_model(), Independent(DATA))
+    return Trainer(method, settings(steps, **changes), folder=folder).fit(resume=resume)
+
+
+def weights(model: FlowModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_equals_a_hand_written_loop():
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    average = [p.detach().clone() for p in model.parameters()]
+    generator = torch.Generator()
+    for step in range(12):
+        draw = Draw.of(16, step=step, seed=0, generator=generator)
+        pairs = Independent(DATA).draw(draw)
+        t = torch.rand(16, generator=generator)
+        x = t[:, None] * pairs.target + (1 - t[:, None]) * pairs.source
+        loss = (model.net(x, t) - (pairs.target - pairs.source)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.99, (1 + step) / (10 + step))
+        for a, p in zip(average, model.parameters()):
+            a.mul_(decay).add_(p.detach(), alpha=1 - decay)
+    trained = train(optim=OptimizerSettings(learning_rate=1e-2))
+    expected = torch.cat([a.flatten() for a in average])
+    # The fused optimizer and foreach lerp round differently from the plain loop.
+    torch.testing.assert_close(weights(trained), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_equals_one_large_batch():
+    whole = train(batch_size=32)
+    parts = train(batch_size=8, accumulate=4)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
+    def interrupt(trainer: Trainer, step: int) -> None:
+        if step == stop + 1:
+            raise RuntimeError("pulled the plug")
+
+    # Dropout draws from torch's own generator, whose state the checkpoint has to carry.
+    def fit(folder, callbacks=(), resume=False):
+        torch.manual_seed(11)
+        method = FlowMatching(make_model(dropout=0.2), Independent(DATA))
+        options = settings(checkpoint_every=1, optim=OptimizerSettings(schedule="cosine", warmup=3))
+        return Trainer(method, options, folder=folder, callbacks=callbacks).fit(resume=resume)
+
+    expected = fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="plug"):
+        fit(tmp_path / "cut", callbacks=[interrupt])
+    torch.manual_seed(99)
+    resumed = fit(tmp_path / "cut", resume=True)
+    assert torch.equal(weights(resumed), weights(expected))
+    whole = [row["step"] for row in read_log(tmp_path / "whole/metrics.jsonl")]
+    assert [row["step"] for row in read_log(tmp_path / "cut/metrics.jsonl")] == whole
+
+
+def test_resume_refuses_other_batches(tmp_path):
+    train(folder=tmp_path)
+    with pytest.raises(ValueError, match="batch over all processes is 16, now 8"):
+        train(20, folder=tmp_path, resume=True, batch_size=8)
+    with pytest.raises(ValueError, match="seed is 0, now 1"):
+        train(20, folder=tmp_path, resume=True, seed=1)
+
+
+def test_nan_in_the_data_stops_with_its_place(tmp_path):
+    data = DATA.clone()
+    data[17, 1] = float("nan")
+    method = FlowMatching(make_model(), Independent(data))
+    trainer = Trainer(method, settings(40, checkpoint_every=1), folder=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step \d+; .*1 of its 16 pairs hold NaN"):
+        trainer.fit()
+    kept = checkpoints.read_newest(tmp_path / "checkpoints")
+    if kept is not None:
+        assert all(v.isfinite().all() for v in kept["ema"].values() if torch.is_tensor(v))
+    assert weights(method.model).isfinite().all()
+
+
+def test_diverging_loss_keeps_the_last_good_checkpoint(tmp_path):
+    model = make_model()
+
+    def explode(trainer: Trainer, step: int) -> None:
+        if step == 7:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("inf"))
+
+    method = FlowMatching(model, Independent(DATA))
+    trainer = Trainer(method, settings(), folder=tmp_path, callbacks=[explode])
+    with pytest.raises(NonFiniteLossError, match="at step 8; the checkpoint of step 5 is kept"):
+        trainer.fit()
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == [5]
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    real = torch.save
+
+    def full(value, file, *rest, **options):
+        if value["step"] == 10:
+            Path(file).write_bytes(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        return real(value, file, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"step 10 could not be written.*step 5 is intact"):
+        train(folder=tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005.pt"]
+    assert checkpoints.read_newest(tmp_path / "checkpoints")["step"] == 5
+
+
+def test_damaged_checkpoint_falls_back(tmp_path):
+    expected = train(folder=tmp_path)
+    newest = checkpoints.list_checkpoints(tmp_path / "checkpoints")[-1][1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        resumed = train(folder=tmp_path, resume=True)
+    assert torch.equal(weights(resumed), weights(expected))
+
+
+def test_checkpoint_with_code_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save({"step": 1, "trap": Trap()}, folder / "step-00000001.pt")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert checkpoints.read_newest(folder) is None
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_phases_run_when_due():
+    first, second = make_model(), torch.nn.Linear(2, 1)
+    calls: list[tuple[str, int]] = []
+
+    class Two:
+        model = first
+
+        def phases(self):
+            def one(draw: Draw):
+                calls.append(("one", draw.step))
+                return first(draw.normal((2,)), draw.uniform()).square().mean()
+
+            def two(draw: Draw):
+                calls.append(("two", draw.step))
+                return second(draw.normal((2,))).square().mean()
+
+            slow = OptimizerSettings(name="sgd", learning_rate=1e-3)
+            return [Phase("one", first, one), Phase("two", second, two, every=3, optimizer=slow)]
+
+    Trainer(Two(), settings(7, log_every=7)).fit()
+    assert [step for name, step in calls if name == "one"] == list(range(7))
+    assert [step for name, step in calls if name == "two"] == [0, 3, 6]
+
+
+def test_interrupt_saves_and_reports(tmp_path):
+    code = textwrap.dedent(f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_trainer as t
+        def press(trainer, step):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+        method = t.FlowMatching(t.make_model(), t.Independent(t.DATA))
+        try:
+            t.Trainer(method, t.settings(), folder={str(tmp_path)!r}, callbacks=[press]).fit()
+        except KeyboardInterrupt as stop:
+            print(stop)
+            sys.exit(130)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "stopped at step 4" in done.stdout
+    assert checkpoints.read_newest(tmp_path / "checkpoints")["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_average_warms_up_and_round_trips():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = EMA(module, 0.9)
+    expected = value = float(module.weight)
+    for n in range(30):
+        value = float(n)
+        with torch.no_grad():
+            module.weight.fill_(value)
+        average.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert float(average.averaged(module).weight) == pytest.approx(expected, rel=1e-5)
+    twin = EMA(torch.nn.Linear(1, 1, bias=False), 0.9)
+    twin.load_state_dict(average.state_dict())
+    assert twin.updates == 30
+    assert torch.equal(twin.averaged(module).weight, average.averaged(module).weight)
+
+
+def test_condition_dropout_uses_the_null_label():
+    seen: list[torch.Tensor] = []
+
+    class Spy(torch.nn.Module):
+        classes = 4
+
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+
+        def null_condition(self, **condition):
+            return {"label": torch.full_like(condition["label"], 4)}
+
+        def forward(self, x, t, *, label):
+            seen.append(label)
+            return self.inner(x)
+
+    data = TensorData(torch.zeros(4000, 2), {"label": torch.arange(4000) % 4})
+    method = FlowMatching(FlowModel(Spy()), Independent(data), condition_dropout=0.25)
+    method.loss(Draw.of(4000))
+    share = (seen[0] == 4).float().mean().item()
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    kept = seen[0] != 4
+    rows = Draw.of(4000).indices(4000)
+    assert torch.equal(seen[0][kept], (rows % 4)[kept])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be > 0, got 0"),
+        ({"batch_size": -4}, "batch_size must be > 0, got -4"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"precision": "bf"}, "did you mean 'bf16'"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerSettings(**changes)
+
+
+def test_unknown_optimizer_suggests():
+    with pytest.raises(ValueError, match="unknown optimizer 'adma': did you mean 'adam'"):
+        OptimizerSettings(name="adma")
+
+
+def test_bf16_training_keeps_float32_weights():
+    model = train(precision="bf16")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert weights(model).isfinite().all()
