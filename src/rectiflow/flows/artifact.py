@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from rectiflow import __version__, nets
@@ -30,9 +32,7 @@ def save(model: FlowModel, folder: str | FilePath, *, overwrite: bool = False) -
     if not isinstance(net, nn.Module):
         raise ValueError(f"only networks that are torch modules can be saved, got {type(net)}")
     with atomic_folder(folder) as temporary:
-        # Tied tensors share storage, which safetensors refuses; each gets its own copy.
-        state = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
-        save_file(state, temporary / WEIGHTS)
+        save_file(_state(net), temporary / WEIGHTS)
         config = _config(model, digest(temporary / WEIGHTS))
         write_json(temporary / CONFIG, config)
         write_text(temporary / CARD, _card(config))
@@ -75,6 +75,18 @@ def load(
         data=config["data"],
         lineage=config["lineage"],
     ).eval()
+
+
+def identity(model: FlowModel) -> str | None:
+    """The SHA-256 that `config.json` of the saved model would state; None without a torch module."""
+    if not isinstance(model.net, nn.Module):
+        return None
+    return hashlib.sha256(to_bytes(_state(model.net))).hexdigest()
+
+
+def _state(net: nn.Module) -> dict[str, torch.Tensor]:
+    # Tied tensors share storage, which safetensors refuses; each gets its own copy.
+    return {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
 
 
 def push(model: FlowModel, name: str, *, private: bool = False) -> str:
@@ -125,9 +137,7 @@ def _locate(source: str | FilePath, revision: str | None) -> FilePath:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
-            text, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD]
-        )
+        found = snapshot_download(text, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD])
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
