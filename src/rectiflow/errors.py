@@ -11,6 +11,10 @@ class ModelFolderError(ValueError):
     """A model folder is incomplete, damaged, unsafe or made for something else."""
 
 
+class PairStoreError(ValueError):
+    """A folder of pairs is incomplete, damaged or made for something else."""
+
+
 class PairQualityError(ValueError):
     """Generated pairs are too inaccurate to train on."""
 

@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         "sampling": ("sample",),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
+        "pair_store": ("PairStore",),
         "premetrics": ("FeatureL2", "L2", "PseudoHuber", "Regression"),
         "times": ("Discrete", "TimeSampler", "Uniform"),
         "analytic": ("GaussianField", "KernelField", "SoftmaxField"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from rectiflow import __version__, nets
@@ -31,9 +32,7 @@ def save(model: FlowModel, folder: str | FilePath, *, overwrite: bool = False) -
     if not isinstance(net, nn.Module):
         raise ValueError(f"only networks that are torch modules can be saved, got {type(net)}")
     with atomic_folder(folder) as temporary:
-        # Tied tensors share storage, which safetensors refuses; each gets its own copy.
-        state = {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
-        save_file(state, temporary / WEIGHTS)
+        save_file(_state(net), temporary / WEIGHTS)
         config = _config(model, digest(temporary / WEIGHTS))
         write_json(temporary / CONFIG, config)
         write_text(temporary / CARD, _card(config))
@@ -78,15 +77,16 @@ def load(
     ).eval()
 
 
-def identity(model: FlowModel) -> str:
-    """The first 12 digits of a SHA-256 over a model's weights: the same before and after saving."""
-    total = hashlib.sha256()
-    state = model.net.state_dict() if isinstance(model.net, nn.Module) else {}
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()[:12]
+def identity(model: FlowModel) -> str | None:
+    """The SHA-256 that `config.json` of the saved model would state; None without a torch module."""
+    if not isinstance(model.net, nn.Module):
+        return None
+    return hashlib.sha256(to_bytes(_state(model.net))).hexdigest()
+
+
+def _state(net: nn.Module) -> dict[str, torch.Tensor]:
+    # Tied tensors share storage, which safetensors refuses; each gets its own copy.
+    return {name: t.detach().cpu().clone() for name, t in net.state_dict().items()}
 
 
 def push(model: FlowModel, name: str, *, private: bool = False) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rectiflow.errors import require
+from rectiflow.errors import PairStoreError, require
 from rectiflow.flows.fields import FlowModel, evaluating
 from rectiflow.flows.integration import integrate
+from rectiflow.flows.pair_store import PairStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -270,6 +272,55 @@ def _assign(source: Tensor, target: Tensor) -> Tensor:
     cost = torch.cdist(target.flatten(1).double(), source.flatten(1).double()).square()
     plan = ot.emd(ot.unif(count), ot.unif(count), cost.cpu().numpy(), numItermax=1_000_000)
     return torch.from_numpy(plan.argmax(1))
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """The pairs of a store, each once an epoch, exactly as the teacher made them.
+
+    This is the coupling of reflow and distillation. Sources are never exchanged between pairs,
+    no fresh noise is added, and nothing is done to one side only (a flipped target with an
+    unflipped source is a wrong pair).
+
+    Args:
+        store: a store, or its folder.
+        expects: SHA-256 of the teacher's weights (as in its `config.json`); pairs of another
+            teacher are refused.
+
+    Raises:
+        PairStoreError: the store is damaged or unfinished, or made by another teacher.
+
+    Source: arXiv 2209.03003, algorithm 1.
+    """
+
+    store: PairStore | str | FilePath
+    expects: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.store, PairStore):
+            object.__setattr__(self, "store", PairStore(self.store))
+        assert isinstance(self.store, PairStore)
+        settings, missing = self.store.settings, self.store.missing
+        if missing:
+            raise PairStoreError(
+                f"{self.store.folder} lacks {len(missing)} of {settings.shards} shards: generate "
+                "the pairs again with the same settings to finish it"
+            )
+        found = settings.teacher["sha256"]
+        if self.expects is not None and found != self.expects:
+            raise PairStoreError(
+                f"{self.store.folder} was made by a teacher with weights {str(found)[:12]}, not "
+                f"{self.expects[:12]}: generate pairs with this teacher"
+            )
+
+    def draw(self, draw: Draw) -> Pairs:
+        assert isinstance(self.store, PairStore)
+        source, target, condition = self.store.rows(draw.indices(len(self.store)))
+        return Pairs(
+            source.to(draw.device, non_blocking=True),
+            target.to(draw.device, non_blocking=True),
+            {name: value.to(draw.device) for name, value in condition.items()},
+        )
 
 
 @dataclass(frozen=True)
