@@ -155,4 +155,3 @@ class DormandPrince:
         greatest = max(speed, bend)
         guess = max(1e-6, trial * 1e-3) if greatest <= 1e-15 else (0.01 / greatest) ** 0.2
         return min(100 * trial, guess)
-

@@ -125,9 +125,7 @@ def _locate(source: str | FilePath, revision: str | None) -> FilePath:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
-            text, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD]
-        )
+        found = snapshot_download(text, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD])
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Several solver steps in one compiled call, for networks whose launch costs more than their work."""
+"""Several solver steps in one compiled call, for networks that cost more to launch than to run."""
 
 from __future__ import annotations
 
@@ -78,8 +78,6 @@ class CompiledSampler:
             [torch.stack(row) for row in stage_times(x, grid, lengths, self.solver.nodes)]
         )
         spans = torch.tensor(lengths, dtype=stages.dtype, device=x.device)
-        for part, span in zip(
-            stages.split(self.steps_per_call), spans.split(self.steps_per_call)
-        ):
+        for part, span in zip(stages.split(self.steps_per_call), spans.split(self.steps_per_call)):
             x = self._several(x, part, span, condition)
         return x

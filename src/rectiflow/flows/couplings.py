@@ -92,9 +92,8 @@ class Draw:
 
     def normal(self, shape: Sequence[int]) -> Float[Tensor, "b *shape"]:
         """Standard normal rows of the given shape."""
-        return torch.randn(
-            self.size, *shape, generator=self.generator, device=self.device
-        )[self.part]
+        whole = (self.size, *shape)
+        return torch.randn(whole, generator=self.generator, device=self.device)[self.part]
 
     def uniform(self) -> Float[Tensor, " b"]:
         """Numbers in [0, 1)."""

@@ -1,4 +1,4 @@
-"""Fields: what solvers, guidance and distillation see, and `FlowModel`, which makes one of a net."""
+"""Fields: what solvers, guidance and distillation see; `FlowModel` makes one of a network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import torch
 from torch import nn
 
 from rectiflow.errors import unknown
@@ -43,7 +42,7 @@ class Field(Protocol):
 
 def velocity_of(field: Field | Velocity) -> Velocity:
     """The velocity function of a field, or the callable itself."""
-    return getattr(field, "velocity", field)
+    return cast(Velocity, getattr(field, "velocity", field))
 
 
 class FlowModel(nn.Module):
@@ -65,6 +64,7 @@ class FlowModel(nn.Module):
         ValueError: an unknown prediction.
 
     Example:
+        >>> import torch
         >>> model = FlowModel(lambda x, t: 3 - x)
         >>> x, t = torch.tensor([[1.0]]), torch.tensor([0.5])
         >>> model.velocity(x, t), model.denoise(x, t)
@@ -205,6 +205,7 @@ class Counted:
     """A field that counts its evaluations, to compare adaptive with fixed-step solvers.
 
     Example:
+        >>> import torch
         >>> field = Counted(lambda x, t: -x)
         >>> _ = field(torch.ones(2, 1), torch.zeros(2)); field.evaluations
         1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,23 +130,20 @@ def integrate(
     """
     grid = time_grid(times)
     check_inputs(field, x, condition)
-    solver = resolve(solver).bind(field)
+    rule = resolve(solver).bind(field)
     velocity = velocity_of(field)
     if condition:
         velocity = partial(velocity, **condition)
-    if isinstance(solver, DormandPrince):
-        return _adaptive(field, velocity, x, grid, solver, correctors, generator, condition)
-    lengths = solver.intervals(grid)
-    stages = stage_times(x, grid, lengths, solver.nodes)
+    if isinstance(rule, DormandPrince):
+        return _adaptive(field, velocity, x, grid, rule, correctors, generator, condition)
+    lengths = rule.intervals(grid)
+    stages = stage_times(x, grid, lengths, rule.nodes)
     for index, (dt, moments) in enumerate(zip(lengths, stages)):
         before = x
-        x, slope = solver.step(velocity, x, moments, dt, generator)
+        x, slope = rule.step(velocity, x, moments, dt, generator)
+        start, stop = grid[index], grid[index + 1]
         for corrector in correctors:
-            x = corrector(
-                Step(
-                    index, grid[index], grid[index + 1], before, x, slope, field, condition, generator
-                )
-            )
+            x = corrector(Step(index, start, stop, before, x, slope, field, condition, generator))
     return x
 
 
@@ -174,7 +172,7 @@ def _adaptive(
 ) -> Tensor:
     dt: float | None = None
     slope: Tensor | None = None
-    for index, (start, stop) in enumerate(zip(grid, grid[1:])):
+    for index, (start, stop) in enumerate(pairwise(grid)):
         before = x
         if correctors and slope is None:
             slope = velocity(x, torch.full((x.shape[0],), start).to(x))
@@ -194,7 +192,7 @@ def time_grid(times: int | Sequence[float] | Tensor) -> list[float]:
     if isinstance(times, int):
         return uniform_times(times)
     grid = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
-    steps = [after - before for before, after in zip(grid, grid[1:])]
+    steps = [after - before for before, after in pairwise(grid)]
     monotone = all(s > 0 for s in steps) or all(s < 0 for s in steps)
     if not steps or not monotone or min(grid) < 0 or max(grid) > 1:
         shown = ", ".join(f"{t:g}" for t in grid[:6])

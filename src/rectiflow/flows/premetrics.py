@@ -123,7 +123,7 @@ class FeatureL2:
 
     def __call__(self, regression: Regression) -> Float[Tensor, " b"]:
         difference = regression.difference
-        _, seen = torch.func.jvp(self.features, (regression.x,), (difference,))
+        seen = torch.func.jvp(self.features, (regression.x,), (difference,))[1]
         loss = seen.square().flatten(1).mean(1)
         if self.plain:
             loss = loss + self.plain * difference.square().flatten(1).mean(1)

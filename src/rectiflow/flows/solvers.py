@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -75,7 +76,7 @@ class RungeKutta:
         return self
 
     def intervals(self, times: Sequence[float]) -> list[float]:
-        steps = [after - before for before, after in zip(times, times[1:])]
+        steps = [after - before for before, after in pairwise(times)]
         if self.legacy_dt:
             return [(1 if dt > 0 else -1) / len(steps) for dt in steps]
         return steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,7 @@ class StochasticEuler:
         return replace(self, path=path)
 
     def intervals(self, times: Sequence[float]) -> list[float]:
-        steps = [after - before for before, after in zip(times, times[1:])]
+        steps = [after - before for before, after in pairwise(times)]
         if min(steps) < 0:
             raise ValueError("the sde solver runs forward in time only: times must ascend")
         return steps
