@@ -64,6 +64,7 @@ class FlowModel(nn.Module):
         ValueError: an unknown prediction.
 
     Example:
+        >>> import torch
         >>> model = FlowModel(lambda x, t: 3 - x)
         >>> x, t = torch.tensor([[1.0]]), torch.tensor([0.5])
         >>> model.velocity(x, t), model.denoise(x, t)
@@ -209,6 +210,7 @@ class Counted:
     """A field that counts its evaluations, to compare adaptive with fixed-step solvers.
 
     Example:
+        >>> import torch
         >>> field = Counted(lambda x, t: -x)
         >>> _ = field(torch.ones(2, 1), torch.zeros(2)); field.evaluations
         1
