@@ -114,7 +114,7 @@ def test_times_keep_their_precision_for_half_states():
 
 def test_hopeless_fields_end_with_a_reason():
     x = torch.ones(1, 1)
-    with pytest.raises(RuntimeError, match="dopri5 cannot go on at t=0.5"):
+    with pytest.raises(RuntimeError, match=r"dopri5 cannot go on at t=0\.5"):
         integrate(lambda x, t: x / (t[:, None] < 0.5), x, [0.0, 1.0], "dopri5")
     with pytest.raises(RuntimeError, match="dopri5 used 3 steps between t=0 and t=1"):
         integrate(swirl, torch.ones(1, 2), [0.0, 1.0], DormandPrince(1e-6, 1e-6, max_steps=3))

@@ -27,7 +27,9 @@ def teacher():
 
 
 def whole(pairs):
-    return torch.cat([pairs.source, pairs.target, *[v[:, None] for v in pairs.condition.values()]], 1)
+    return torch.cat(
+        [pairs.source, pairs.target, *[v[:, None] for v in pairs.condition.values()]], 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,9 @@ def whole(pairs):
     ids=["noise", "two data sets", "live"],
 )
 @settings(max_examples=25, deadline=None)
-@given(size=st.integers(1, 12), cut=st.integers(0, 12), step=st.integers(0, 9), seed=st.integers(0, 99))
+@given(
+    size=st.integers(1, 12), cut=st.integers(0, 12), step=st.integers(0, 9), seed=st.integers(0, 99)
+)
 def test_parts_make_the_whole(coupling, size, cut, step, seed):
     cut = min(cut, size)
     together = whole(coupling.draw(Draw.of(size, step=step, seed=seed)))
@@ -132,7 +136,7 @@ def test_minibatch_transport_exchanges_within_a_condition_only():
 @pytest.mark.parametrize("value", [torch.rand(24), torch.zeros(24, 2).long(), "cat"], ids=str)
 def test_minibatch_transport_refuses_conditions_that_are_no_labels(value):
     coupling, _ = fixed({"text": value})
-    with pytest.raises(ValueError, match="discrete labels of shape .* but 'text' is not one"):
+    with pytest.raises(ValueError, match=r"discrete labels of shape .* but 'text' is not one"):
         MinibatchOT(coupling).draw(Draw.of(24))
 
 

@@ -65,9 +65,10 @@ def test_check_names_the_shape_it_wants():
 def test_evaluating_leaves_modes_as_they_were():
     net = nn.Sequential(nn.Dropout(), nn.Dropout().eval(), nn.Linear(1, 1))
     before = [module.training for module in net.modules()]
-    with pytest.raises(KeyError), evaluating(net):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), evaluating(net):
+        net(torch.tensor([[float(module.training) for module in net.modules()]]))
+    with evaluating(net):
         assert not any(module.training for module in net.modules())
-        raise KeyError
     assert [module.training for module in net.modules()] == before
 
 

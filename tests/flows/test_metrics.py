@@ -194,5 +194,7 @@ def test_sources_are_scaled_by_the_path():
 
 @pytest.mark.parametrize("measure", [straightness, extrapolations])
 def test_empty_sources_are_refused(measure):
-    with pytest.raises(ValueError, match=r"source must hold samples in rows \(b, ...\), got \(0, 2"):
+    with pytest.raises(
+        ValueError, match=r"source must hold samples in rows \(b, ...\), got \(0, 2"
+    ):
         measure(lambda x, t: x, torch.zeros(0, 2))

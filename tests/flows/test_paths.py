@@ -28,7 +28,7 @@ def test_invariant_6_derivatives_match_differences(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "source_end", "target_end"),
+    "name, source_end, target_end",
     [
         ("rectified", (0, 1), (1, 0)),
         ("cosine", (0, 1), (1, 0)),
@@ -54,7 +54,7 @@ def test_every_path_has_its_end_points_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("given_as", "wanted"), PAIRS)
+@pytest.mark.parametrize("given_as, wanted", PAIRS)
 def test_conversions_agree_for_every_pair(name, given_as, wanted):
     path = build(name)
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
@@ -97,9 +97,7 @@ def test_start_is_the_path_without_its_target(name):
 
 def test_edm_noise_levels_are_those_of_karras():
     path = EDMPath()
-    levels = [
-        (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)
-    ]
+    levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
     t = torch.arange(18, dtype=torch.float64) / 17
     torch.testing.assert_close(path.sigma(t), torch.tensor(levels, dtype=torch.float64))
 

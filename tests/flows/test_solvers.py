@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def points(count=16):
     return torch.randn(count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("solver", "order"), FIXED.items())
+@pytest.mark.parametrize("solver, order", FIXED.items())
 @pytest.mark.parametrize("backward", [False, True])
 def test_invariant_1_error_falls_with_the_order(solver, order, backward):
     field, z = gaussian(), points()
@@ -27,7 +28,7 @@ def test_invariant_1_error_falls_with_the_order(solver, order, backward):
     for steps in (40, 80, 160):
         grid = uniform_times(steps, start=begin, stop=end)
         errors.append((integrate(field, z, grid, solver) - exact).abs().max())
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert resolve(solver).order == order
     # The next term of the error moves the slope by O(1/steps).
     assert slopes[-1] == pytest.approx(order, abs=0.15)

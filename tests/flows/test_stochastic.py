@@ -34,7 +34,7 @@ def test_invariant_10_ends_keep_mean_and_variance(path, scale):
     assert max(deviations(found)) < 3
 
 
-@pytest.mark.parametrize(("scale", "mean"), [(1.0, 1.78), (3.0, 0.86)])
+@pytest.mark.parametrize("scale, mean", [(1.0, 1.78), (3.0, 0.86)])
 def test_invariant_10_fails_for_the_official_drift(scale, mean):
     field = GaussianField(torch.tensor([2.0]), torch.tensor([0.5]))
     generator = torch.Generator().manual_seed(1)

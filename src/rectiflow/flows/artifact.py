@@ -190,7 +190,7 @@ def _build(folder: FilePath, net: dict[str, Any]) -> nn.Module:
         )
     try:
         with torch.random.fork_rng(devices=[]):
-            return nets.build(net["name"], **net["config"])
+            return nets.build(net["name"], **net.get("config", {}))
     except (ValueError, TypeError) as error:
         raise ModelFolderError(f"{folder / CONFIG} describes no network: {error}") from None
 
