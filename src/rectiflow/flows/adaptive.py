@@ -97,8 +97,8 @@ class DormandPrince:
         """
         direction = 1.0 if stop > start else -1.0
         times = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-        slope = velocity(x, times.fill_(start).clone()) if slope is None else slope
-        dt = self._first_step(velocity, x, slope, start, direction) if dt is None else dt
+        slope = velocity(x, torch.full_like(times, start)) if slope is None else slope
+        dt = self._first_step(velocity, x, slope, start, stop) if dt is None else dt
         t, rejected = start, False
         for _ in range(self.max_steps):
             remaining = abs(stop - t)
@@ -144,12 +144,16 @@ class DormandPrince:
         x: Tensor,
         slope: Tensor,
         start: float,
-        direction: float,
+        stop: float,
     ) -> float:
         size = self._scaled(x, x, x)
         speed = self._scaled(slope, x, x)
         trial = 1e-6 if min(size, speed) < 1e-5 else 0.01 * size / speed
-        t = torch.full((x.shape[0],), start + direction * trial).to(x)
+        # A slow field suggests a trial beyond the interval, where it need not be defined.
+        trial = min(trial, abs(stop - start))
+        direction = 1.0 if stop > start else -1.0
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        t = x.new_full((x.shape[0],), start + direction * trial, dtype=dtype)
         after = velocity(torch.add(x, slope, alpha=direction * trial), t)
         bend = self._scaled(after - slope, x, x) / trial
         greatest = max(speed, bend)

@@ -260,9 +260,7 @@ class GaussianField:
         alpha, _, after = self._at(x, x.new_tensor(stop))
         return alpha * self.mean.to(x) + (after / before).sqrt() * centred
 
-    def log_density(
-        self, x: Float[Tensor, "b *dims"], t: float = 1.0
-    ) -> Float[Tensor, " b"]:
+    def log_density(self, x: Float[Tensor, "b *dims"], t: float = 1.0) -> Float[Tensor, " b"]:
         """The log-density (nats) of the states at time t."""
         _, centred, variance = self._at(x, x.new_tensor(t))
         terms = centred.square() / variance + (2 * math.pi * variance).log()

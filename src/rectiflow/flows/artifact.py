@@ -65,16 +65,18 @@ def load(
         raise ModelFolderError(f"{weights} cannot be read ({error}): copy it anew") from None
     net = net if net is not None else _build(folder, config["net"])
     _fill(folder, net, state)
-    path = dict(config["path"])
-    return FlowModel(
-        net,
-        paths.build(path.pop("name"), **path),
-        config["prediction"],
-        shape=config["shape"],
-        sampling=config["sampling"],
-        data=config["data"],
-        lineage=config["lineage"],
-    ).eval()
+    try:
+        return FlowModel(
+            net,
+            paths.build(**config["path"]),
+            config["prediction"],
+            shape=config["shape"],
+            sampling=config["sampling"],
+            data=config["data"],
+            lineage=config["lineage"],
+        ).eval()
+    except (ValueError, TypeError) as error:
+        raise ModelFolderError(f"{folder / CONFIG} describes no model: {error}") from None
 
 
 def identity(model: FlowModel) -> str | None:
@@ -188,7 +190,7 @@ def _build(folder: FilePath, net: dict[str, Any]) -> nn.Module:
         )
     try:
         with torch.random.fork_rng(devices=[]):
-            return nets.build(net["name"], **net["config"])
+            return nets.build(net["name"], **net.get("config", {}))
     except (ValueError, TypeError) as error:
         raise ModelFolderError(f"{folder / CONFIG} describes no network: {error}") from None
 

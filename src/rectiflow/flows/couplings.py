@@ -113,7 +113,7 @@ class Draw:
         epochs = positions // count
         offsets = positions % count
         rows = torch.empty_like(positions)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in epochs.unique().tolist():
             here = epochs == epoch
             rows[here] = _shuffled(count, self.seed, stream, epoch)[offsets[here]]
         return rows

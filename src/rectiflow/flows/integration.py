@@ -175,7 +175,8 @@ def _adaptive(
     for index, (start, stop) in enumerate(pairwise(grid)):
         before = x
         if correctors and slope is None:
-            slope = velocity(x, torch.full((x.shape[0],), start).to(x))
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            slope = velocity(x, x.new_full((x.shape[0],), start, dtype=dtype))
         first = slope
         x, dt, slope = solver.advance(velocity, x, start, stop, dt=dt, slope=slope)
         for corrector in correctors:

@@ -103,9 +103,7 @@ class _Velocities:
         return step.after
 
 
-def transport_cost(
-    source: Float[Tensor, "b *dims"], target: Float[Tensor, "b *dims"]
-) -> float:
+def transport_cost(source: Float[Tensor, "b *dims"], target: Float[Tensor, "b *dims"]) -> float:
     """The mean squared distance between the ends of pairs, summed over dimensions.
 
     Reflow never raises it on straight-line paths (nor the mean of any other convex cost).
@@ -120,9 +118,7 @@ def transport_cost(
     return float((target - source).double().square().flatten(1).sum(1).mean())
 
 
-def relative_cost(
-    source: Float[Tensor, "b *dims"], target: Float[Tensor, "b *dims"]
-) -> float:
+def relative_cost(source: Float[Tensor, "b *dims"], target: Float[Tensor, "b *dims"]) -> float:
     """The transport cost of pairs minus that of the best assignment of the same points.
 
     Zero when the pairs are an optimal transport of each other. Only for at most ten dimensions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -416,5 +416,5 @@ def build(name: str, **config: float) -> Path:
     try:
         return PATHS[name](**config)
     except TypeError:
-        accepted = ", ".join(PATHS[name].__dataclass_fields__) or "no parameters"
+        accepted = ", ".join(f.name for f in fields(PATHS[name])) or "no parameters"
         raise ValueError(f"path {name!r} takes {accepted}, got {', '.join(config)}") from None

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import nn
+
+from rectiflow.flows import Counted, Field, FlowModel
+from rectiflow.flows.fields import evaluating
+from rectiflow.flows.paths import PATHS, PREDICTIONS, build
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_model_gives_every_view_whatever_its_net_predicts(name, prediction):
+    path = build(name)
+    source, target = torch.randn(
+        2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    truth = path.target_of(prediction, source, target, t)
+    model, x = FlowModel(lambda x, t: truth, path, prediction), path.interpolate(source, target, t)
+    assert isinstance(model, Field)
+    views = {
+        "velocity": model.velocity,
+        "data": model.denoise,
+        "noise": model.noise,
+        "score": model.score,
+    }
+    for kind, view in views.items():
+        wanted = path.target_of(kind, source, target, t)
+        torch.testing.assert_close(view(x, t), wanted, rtol=1e-9, atol=1e-9)
+    assert model(x, t) is truth
+
+
+def test_conditions_reach_the_net():
+    model = FlowModel(lambda x, t, *, label: x * label[:, None])
+    x, t, label = torch.ones(2, 1), torch.zeros(2), torch.tensor([2.0, 3.0])
+    for view in (model.velocity, model.denoise, model.noise, model.score):
+        with pytest.raises(TypeError):
+            view(x, t)
+        assert view(x, t, label=label).shape == (2, 1)
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="unknown prediction 'velocty': did you mean 'velocity'"):
+        FlowModel(nn.Identity(), prediction="velocty")
+
+
+def test_null_condition_comes_from_the_net():
+    class Net(nn.Module):
+        def null_condition(self, *, label):
+            return {"label": torch.full_like(label, 10)}
+
+    model = FlowModel(Net())
+    assert model.null_condition(label=torch.tensor([3]))["label"].tolist() == [10]
+    plain = FlowModel(nn.Identity())
+    assert plain.null_condition() == {}
+    with pytest.raises(ValueError, match="Identity has no null condition for label"):
+        plain.null_condition(label=torch.tensor([3]))
+
+
+def test_check_names_the_shape_it_wants():
+    with pytest.raises(ValueError, match=r"shape \(batch, 1, 8, 8\), got \(2, 64\)"):
+        FlowModel(nn.Identity(), shape=(1, 8, 8)).check(torch.zeros(2, 64))
+
+
+def test_evaluating_leaves_modes_as_they_were():
+    net = nn.Sequential(nn.Dropout(), nn.Dropout().eval(), nn.Linear(1, 1))
+    before = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), evaluating(net):
+        net(torch.tensor([[float(module.training) for module in net.modules()]]))
+    with evaluating(net):
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == before
+
+
+def test_counted_counts_and_passes_on():
+    model = FlowModel(lambda x, t, scale: x * scale)
+    counted = Counted(model)
+    for _ in range(3):
+        found = counted(torch.ones(1, 1), torch.zeros(1), scale=2)
+    assert counted.evaluations == 3
+    assert found.item() == 2
