@@ -97,6 +97,17 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Where decoded data and trained features are kept.
+
+    `$RECTIFLOW_CACHE`, or `rectiflow` in the user's cache folder.
+    """
+    if chosen := os.environ.get("RECTIFLOW_CACHE"):
+        return Path(chosen)
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "rectiflow"
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rectiflow.errors import positive
+from rectiflow.files import cache_folder
 from rectiflow.training.progress import bar
 from rectiflow.training.runs import Run, new_folder
 
@@ -136,12 +136,6 @@ def choose_device(name: str) -> Any:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} is not available ({reason}): use auto or cpu") from None
     return device
-
-
-def cache_folder() -> Path:
-    """Where decoded data and trained features are kept: $RECTIFLOW_CACHE or ~/.cache/rectiflow."""
-    chosen = os.environ.get("RECTIFLOW_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "rectiflow"
 
 
 @contextmanager

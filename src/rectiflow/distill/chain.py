@@ -7,7 +7,7 @@ way. Each stage leaves a folder; a stage that is complete is not done again on r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from rectiflow.flows.fields import FlowModel
 from rectiflow.nets import build
 from rectiflow.training.data import ImageData
 from rectiflow.training.flow_matching import FlowMatching
-from rectiflow.training.optimizers import OptimizerSettings
 from rectiflow.training.progress import Stopwatch, bar
 from rectiflow.training.sessions import train_model
 from rectiflow.training.trainer import TrainerSettings
@@ -91,6 +90,7 @@ def make_one_step(
     settings: ChainSettings,
     folder: Path | str,
     *,
+    spec: str | None = None,
     net: Callable[[], torch.nn.Module] | None = None,
     resume: bool = False,
 ) -> list[Stage]:
@@ -100,6 +100,7 @@ def make_one_step(
         data: the training images.
         settings: the stages.
         folder: receives `flow/`, `reflow-1/`, ..., `one-step/` (each with `model/`), and the pairs.
+        spec: the spec string of the data, recorded so that the models can be evaluated later.
         net: makes the network; the preset of the settings by default.
         resume: keep complete stages and go on inside the unfinished one.
 
@@ -107,13 +108,16 @@ def make_one_step(
     """
     folder = Path(folder)
     facts = {"data": data.name, "samples": len(data)}
-    seeded = [replace(s, seed=settings.seed) for s in (settings.flow, settings.reflow, settings.distil)]
-    flow, reflow, distil = seeded
-
+    flow, reflow, distil = (
+        replace(s, seed=settings.seed) for s in (settings.flow, settings.reflow, settings.distil)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         made = net() if net is not None else build(settings.net, shape=data.shape)
-    start = FlowModel(made, shape=data.shape, data={"name": data.name, "classes": list(data.classes)})
+    about: dict[str, Any] = {"name": data.name, "classes": list(data.classes)}
+    if spec is not None:
+        about.update(spec=spec, size=data.shape[-1], channels=data.shape[0])
+    start = FlowModel(made, shape=data.shape, data=about)
     unlabelled = replace(data, labels=None, classes=())
     source = data if start.conditional else unlabelled
     with Stopwatch() as watch:

@@ -1,0 +1,101 @@
+"""`rectiflow evaluate`: score a model against its data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from rectiflow.cli.commands import COMMANDS
+from rectiflow.cli.options import ScoreOptions, choose_device, counting, data_of, load_data
+from rectiflow.cli.settings import parse
+from rectiflow.errors import positive
+
+
+@dataclass(frozen=True)
+class Settings(ScoreOptions):
+    """Settings of `rectiflow evaluate`."""
+
+    model: tyro.conf.Positional[str] = tyro.MISSING
+    """Model folder, or owner/name on the Hub."""
+    data: str | None = None
+    """Data to score against; what the model was trained on by default."""
+    steps: tuple[int, ...] = (1, 2, 4, 10, 50)
+    """Numbers of solver steps."""
+    solver: str = "euler"
+    """euler, heun, midpoint, rk4, dopri5 or sde."""
+    out: Path | None = None
+    """JSON file for the scores."""
+    overwrite: bool = False
+    """Write over --out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        self.check_scores()
+        for count in self.steps:
+            positive("steps", count)
+        if not self.steps:
+            raise ValueError("--steps needs at least one number")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    settings = parse(Settings, words, command="evaluate", summary=COMMANDS["evaluate"].summary)
+    if settings.out is not None and settings.out.exists() and not settings.overwrite:
+        raise FileExistsError(f"{settings.out} exists: choose another --out or pass --overwrite")
+    from rectiflow.files import write_json
+    from rectiflow.flows import FlowModel
+    from rectiflow.flows.metrics import straightness, transport_cost
+    from rectiflow.flows.sampling import sample
+    from rectiflow.training.report import cell
+
+    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
+    size = model.shape[-1] if model.shape else None
+    if settings.data is None:
+        train, test = data_of(model), data_of(model, "test")
+    else:
+        train = load_data(settings.data, size=size)
+        test = load_data(settings.data, split="test", size=size)
+    evaluator = settings.evaluator(train, test)
+    floor = evaluator.floor()
+    rows = {}
+    with counting("evaluate", settings.samples * len(settings.steps), "samples") as update:
+        for index, steps in enumerate(settings.steps):
+            rows[steps] = evaluator.score(
+                model,
+                steps=steps,
+                solver=settings.solver,
+                progress=lambda done, base=index * settings.samples: update(base + done),
+            )
+    source, condition = evaluator.noises(model)
+    ends = sample(model, source=source, steps=max(settings.steps), solver="euler", **condition)
+    straight = straightness(model, source[:1000], 50, **{k: v[:1000] for k, v in condition.items()})
+    header = f"{'steps':>6}  {evaluator.name:>14}  {'fd_pixels':>9}  {'precision':>9}  {'recall':>6}"
+    print(header)
+    for label, score in [*rows.items(), ("floor", floor)]:
+        print(
+            f"{label!s:>6}  {cell(score.fd):>14}  {cell(score.fd_pixels):>9}  "
+            f"{cell(score.precision):>9}  {cell(score.recall):>6}"
+        )
+    cost = transport_cost(source, ends)
+    print(f"straightness S {straight.total:.3g}, transport cost {cost:.4g}")
+    if settings.out is not None:
+        write_json(
+            settings.out,
+            {
+                "model": settings.model,
+                "data": train.name,
+                "distance": evaluator.name,
+                "solver": settings.solver,
+                "scores": {str(steps): asdict(score) for steps, score in rows.items()},
+                "floor": asdict(floor),
+                "straightness": straight.total,
+                "transport_cost": cost,
+            },
+        )
+        print(f"scores: {settings.out}")
+    return 0

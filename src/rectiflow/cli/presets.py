@@ -1,0 +1,50 @@
+"""Sizes of the demo's stages by image size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rectiflow.distill.chain import ChainSettings
+
+
+def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
+    """The stages of the demo for images of a shape: minutes on two cores, or seconds (quick)."""
+    from rectiflow.distill.chain import ChainSettings, PairSettings
+    from rectiflow.nets import preset_for
+    from rectiflow.training.optimizers import OptimizerSettings
+    from rectiflow.training.trainer import TrainerSettings
+
+    def stage(steps: int, rate: float, batch_size: int) -> TrainerSettings:
+        return TrainerSettings(
+            steps=steps,
+            batch_size=batch_size,
+            ema=0.999,
+            checkpoint_every=1000,
+            optim=OptimizerSettings(learning_rate=rate, schedule="cosine", warmup=100),
+        )
+
+    net = preset_for(shape)
+    if preset == "quick":
+        return ChainSettings(
+            net=net,
+            flow=stage(40, 1e-3, 64),
+            pairs=PairSettings(count=256, steps=20, batch_size=256),
+            reflow=stage(20, 5e-4, 64),
+            distil=stage(20, 5e-4, 64),
+        )
+    if max(shape[-2:]) <= 12:
+        return ChainSettings(
+            net=net,
+            flow=stage(4000, 1e-3, 256),
+            pairs=PairSettings(count=20_000, steps=50, batch_size=1000),
+            reflow=stage(3000, 5e-4, 256),
+            distil=stage(1500, 3e-4, 256),
+        )
+    return ChainSettings(
+        net=net,
+        flow=stage(5000, 1e-3, 128),
+        pairs=PairSettings(count=10_000, steps=50, batch_size=500),
+        reflow=stage(3000, 5e-4, 128),
+        distil=stage(2000, 3e-4, 128),
+    )

@@ -1,0 +1,5 @@
+"""Other formats and libraries: exported programs."""
+
+from rectiflow._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, {"export": ("export_sampler",)})
