@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-import harness
 import torch
-from nets import Toy
-from sampling_overhead import LOOP, bare_loop, ours
 
+import harness
+from nets import Toy
 from rectiflow.flows import CompiledSampler, FlowModel
+from sampling_overhead import LOOP, bare_loop, ours
 
 COMPILED = "compiled, 10 steps a call"
 
@@ -23,7 +23,11 @@ def main() -> bool:
         first = sampler(x, 50)
         seconds = time.perf_counter() - begin
         torch.testing.assert_close(first, bare_loop(net, x)(), atol=1e-4, rtol=1e-4)
-        runs = {LOOP: bare_loop(net, x), COMPILED: lambda: sampler(x, 50), "rectiflow": ours(net, x)}
+        runs = {
+            LOOP: bare_loop(net, x),
+            COMPILED: lambda: sampler(x, 50),
+            "rectiflow": ours(net, x),
+        }
         timers = {name: harness.block(run) for name, run in runs.items()}
         found = harness.measure(timers, floor=LOOP, rounds=41)
     note = f"first call with compiling {seconds:.1f} s"

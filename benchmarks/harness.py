@@ -74,17 +74,18 @@ def block(run: Callable[[], Any], *, shortest: float = 0.01) -> Timer:
     Calibrating warms up: imports, caches and allocators have settled after three runs.
     """
     run(), run()
-    once = _clocked(run, 1)[0]
+    once = clocked(run, 1)[0]
     repeats = max(1, round(shortest / max(once, 1e-7)))
 
     def timer() -> Clocks:
-        cpu, wall = _clocked(run, repeats)
+        cpu, wall = clocked(run, repeats)
         return cpu / repeats, wall / repeats
 
     return timer
 
 
-def _clocked(run: Callable[[], Any], repeats: int) -> Clocks:
+def clocked(run: Callable[[], Any], repeats: int) -> Clocks:
+    """Seconds of `repeats` runs, garbage collected before and never inside."""
     gc.collect()
     gc.disable()
     try:
@@ -111,22 +112,14 @@ def child(*command: str) -> Timer:
     return timer
 
 
-def measure(
-    timers: Mapping[str, Timer], *, floor: str, rounds: int = 21, attempts: int = 5
-) -> Rounds:
-    """Time all variants in interleaved rounds, with `floor` a second time under the name "again".
+def trusted(collect: Callable[[], Rounds], *, floor: str, attempts: int = 5) -> Rounds:
+    """Collect rounds until the floor, timed twice in each, agrees with itself.
 
     Raises:
         Unquiet: the floor's ratio to itself left [0.95, 1.05] in every attempt.
     """
-    order = {**timers, AGAIN: timers[floor]}
     for attempt in range(1, attempts + 1):
-        seconds: dict[str, list[Clocks]] = {name: [] for name in order}
-        for index in range(rounds):
-            # Turning the order round keeps a drift of the machine from favouring the first.
-            for name in list(order) if index % 2 else reversed(order):
-                seconds[name].append(order[name]())
-        found = Rounds(seconds)
+        found = collect()
         again = found.ratio(AGAIN, floor).median
         if TRUSTED[0] <= again <= TRUSTED[1]:
             return found
@@ -135,6 +128,23 @@ def measure(
         f"{floor} against itself stayed outside [{TRUSTED[0]}, {TRUSTED[1]}] in {attempts} "
         "attempts: run again on a quieter machine"
     )
+
+
+def measure(
+    timers: Mapping[str, Timer], *, floor: str, rounds: int = 21, attempts: int = 5
+) -> Rounds:
+    """Time all variants in interleaved rounds, the floor twice; see `trusted`."""
+    order = {**timers, AGAIN: timers[floor]}
+
+    def collect() -> Rounds:
+        seconds: dict[str, list[Clocks]] = {name: [] for name in order}
+        for index in range(rounds):
+            # Turning the order round keeps a drift of the machine from favouring the first.
+            for name in list(order) if index % 2 else reversed(order):
+                seconds[name].append(order[name]())
+        return Rounds(seconds)
+
+    return trusted(collect, floor=floor, attempts=attempts)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run benchmarks one after another, each in a process of its own: `python benchmarks/run.py [NAME...]`."""
+"""Run benchmarks, each in a process of its own: `python benchmarks/run.py [NAME...]`."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import harness
 import torch
-from nets import Convolutions, Toy
 from torch import Tensor, nn
 
+import harness
+from nets import Convolutions, Toy
 from rectiflow.flows import FlowModel, integrate
 
 STEPS = 50
@@ -88,7 +88,9 @@ PEERS = {"diffusers": diffusers, "flow_matching": flow_matching, "torchdiffeq": 
 BOUNDS = {"toy": {"diffusers": 0.80, "flow_matching": 0.80}}
 
 
-def compare(case: str, net: nn.Module, x: Tensor, peers: list[str], rounds: int) -> list[harness.Row]:
+def compare(
+    case: str, net: nn.Module, x: Tensor, peers: list[str], rounds: int
+) -> list[harness.Row]:
     """All samplers on one network, after checking that they compute the same thing."""
     makers = {LOOP: bare_loop, OURS: ours, **{name: PEERS[name] for name in peers}}
     with torch.inference_mode():

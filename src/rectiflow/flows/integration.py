@@ -156,8 +156,9 @@ def stage_times(
     start = torch.tensor(grid[:-1], dtype=torch.float64).unsqueeze(1)
     length = torch.tensor(lengths, dtype=torch.float64).unsqueeze(1)
     values = start + length * torch.tensor(nodes, dtype=torch.float64)
-    table = values.to(x.device, dtype).unsqueeze(-1).expand(-1, -1, x.shape[0])
-    return [row.unbind(0) for row in table.unbind(0)]
+    table = values.flatten().to(x.device, dtype).unsqueeze(-1).expand(-1, x.shape[0])
+    # One unbind for the whole table: one a step would cost as much as the step's update.
+    return list(zip(*[iter(table.unbind(0))] * len(nodes)))
 
 
 def _adaptive(

@@ -1,0 +1,104 @@
+"""The arithmetic and the refusals of the benchmark harness."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "harness.py"
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_harness", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ratio_is_the_median_of_ratios_within_rounds(harness: ModuleType) -> None:
+    # A machine that slows threefold in one round slows both: medians of times would mislead.
+    rounds = harness.Rounds(
+        {"a": [(2.0, 4.0), (6.0, 12.0), (8.0, 1.0)], "b": [(1.0, 1.0), (3.0, 3.0), (2.0, 1.0)]}
+    )
+    assert rounds.ratio("a", "b").median == 2.0
+    assert rounds.ratio("a", "b").high == 3.0
+    assert rounds.ratio("a", "b", clock=1).median == 4.0
+    assert rounds.over("a", "b").median == 3.0
+
+
+def test_measure_refuses_when_the_floor_disagrees_with_itself(harness: ModuleType) -> None:
+    calls = iter(range(1000))
+
+    def unsteady() -> tuple[float, float]:
+        # Twice per round, 1.2 times apart; the order within rounds alternates.
+        index = next(calls)
+        return (1.0, 1.0) if (index + index // 2) % 2 else (1.2, 1.2)
+
+    with pytest.raises(harness.Unquiet, match=r"outside \[0.95, 1.05\] in 2 attempts"):
+        harness.measure({"floor": unsteady}, floor="floor", rounds=5, attempts=2)
+
+
+def test_measure_times_every_variant_once_in_each_round(harness: ModuleType) -> None:
+    seen: list[str] = []
+
+    def named(name: str, seconds: float) -> Callable[[], tuple[float, float]]:
+        def timer() -> tuple[float, float]:
+            seen.append(name)
+            return seconds, seconds
+
+        return timer
+
+    timers = {"a": named("a", 1.0), "b": named("b", 3.0)}
+    rounds = harness.measure(timers, floor="a", rounds=4)
+    assert seen == ["a", "b", "a"] * 4
+    assert rounds.ratio("b", "a").median == 3.0
+
+
+def test_blocks_keep_garbage_collection_outside(harness: ModuleType) -> None:
+    states: list[bool] = []
+    cpu, wall = harness.block(lambda: states.append(gc.isenabled()), shortest=0.0)()
+    assert states[-1] is False
+    assert gc.isenabled()
+    assert cpu >= 0 < wall
+
+
+@pytest.mark.parametrize(
+    "value,bound,lower,met",
+    [(0.8, 0.8, False, True), (0.9, 0.8, False, False), (0.9, 0.95, True, False)],
+)
+def test_targets_bound_from_the_right_side(
+    harness: ModuleType, value: float, bound: float, lower: bool, met: bool
+) -> None:
+    figure = harness.Quartiles(value, value, value)
+    row = harness.Row("case", "a / b", figure, figure, target=bound, lower_bound=lower)
+    assert row.met is met
+
+
+def test_report_writes_the_machine_and_says_what_was_missed(
+    harness: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    figure = harness.Quartiles(1.2, 1.1, 1.3)
+    rows = [harness.Row("case", "a / b", figure, figure, target=1.0)]
+    assert harness.report("name", "A question?", rows, packages=("torch", "no-such-thing")) is False
+    record = json.loads((tmp_path / "name.json").read_text())
+    assert record["rows"][0]["met"] is False
+    assert record["rows"][0]["cpu"] == {"median": 1.2, "low": 1.1, "high": 1.3}
+    assert record["machine"]["packages"]["no-such-thing"] is None
+    assert {"cpu", "cores", "threads", "python", "date"} <= set(record["machine"])
+    assert [f.name for f in tmp_path.iterdir()] == ["name.json"]
+    assert "NO" in capsys.readouterr().out
