@@ -17,10 +17,6 @@ def test_sizes_have_the_stated_parameters(name):
         net = nets.build(name, shape=size.shape)
     assert sum(p.numel() for p in net.parameters()) == size.parameters
     assert net.name == size.net
-    assert net(torch.empty(2, *size.shape, device="meta"), torch.empty(2, device="meta")).shape == (
-        2,
-        *size.shape,
-    )
 
 
 def test_a_size_can_be_overridden():

@@ -51,7 +51,7 @@ def train_model(
         "seed": settings.seed,
     }
     if parent is not None:
-        made["parent"] = identity(parent)
+        made["parent"] = (identity(parent) or "")[:12]
     model.lineage = [*(parent.lineage if parent is not None else []), made]
     if trainer.accelerator.is_main_process:
         model.save_pretrained(target, overwrite=True)

@@ -328,10 +328,11 @@ def test_damaged_cache_is_made_again(tmp_path, damaged):
 
 def test_large_folders_are_mapped_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr("rectiflow.training.data.decoding.IN_MEMORY", 100)
+    monkeypatch.delenv("RECTIFLOW_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     data = load(f"folder:{write_folder(tmp_path / 'images', coloured(5))}")
     assert not data.images.flags.writeable
-    assert list((tmp_path / "home" / "rectiflow" / "data").glob("folder-images-*/images.npy"))
+    assert list((tmp_path / "home").rglob("folder-images-*/images.npy"))
 
 
 def test_failure_while_decoding_leaves_no_cache(tmp_path):

@@ -6,8 +6,8 @@ import gzip
 import math
 import os
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with cast(IO[bytes], opener(path, "rb")) as stream:
+        with opener(path, "rb") as stream:
             magic = stream.read(4)
             if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != 8 or magic[3] == 0:
                 raise ValueError(
@@ -95,7 +95,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _read_at_most(stream: IO[bytes], count: int) -> bytes:
+def _read_at_most(stream: BufferedIOBase, count: int) -> bytes:
     """Up to `count` bytes, in pieces: a false header must not reserve memory."""
     pieces = []
     while count > 0 and (piece := stream.read(min(count, 1 << 20))):
