@@ -150,8 +150,9 @@ def test_domain_classifier_refuses_unequal_or_few_images() -> None:
 def test_trains_through_a_classifier() -> None:
     shape = (1, 8, 8)
     features = FeatureNet(shape, 2, seed=1).eval().requires_grad_(False)
-    method = DomainTransfer(small(shape), normal(9, *shape), normal(9, *shape, seed=1),
-                            features=features)
+    method = DomainTransfer(
+        small(shape), normal(9, *shape), normal(9, *shape, seed=1), features=features
+    )
     before = method.model.net.stem.weight.clone()
     trained = Trainer(method, TrainerSettings(steps=2, batch_size=4, ema=0)).fit()
     assert not torch.equal(before, trained.net.stem.weight)

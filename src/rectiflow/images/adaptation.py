@@ -72,9 +72,7 @@ class FeatureAdaptation:
         self.settings = settings if settings is not None else SETTINGS
         self.model: FlowModel | None = None
 
-    def fit(
-        self, new: Float[Tensor, "n d"], old: Float[Tensor, "m d"]
-    ) -> FeatureAdaptation:
+    def fit(self, new: Float[Tensor, "n d"], old: Float[Tensor, "m d"]) -> FeatureAdaptation:
         """Train the flow from features of the new domain to features of the old; returns self.
 
         Args:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rectiflow.recipes.catalog import SYSTEMS
+
 from rectiflow.errors import unknown
 from rectiflow.files import write_json
-from rectiflow.recipes.catalog import SYSTEMS
 from rectiflow.training.report import Section, Table, cell, write_report
 from rectiflow.training.runs import Run, plain
 
@@ -127,7 +128,9 @@ class Result:
         lines = [f"claim: {self.claim}", ""]
         width = max(len(f"{n.quantity} ({n.arm})") for n in self.numbers)
         for n in self.numbers:
-            lines.append(f"  {f'{n.quantity} ({n.arm})':<{width}}  {cell(n.mean)} ± {cell(n.spread)}")
+            lines.append(
+                f"  {f'{n.quantity} ({n.arm})':<{width}}  {cell(n.mean)} ± {cell(n.spread)}"
+            )
         lines.append("")
         for check in self.checks:
             values = ", ".join(cell(v) for v in check.values)
