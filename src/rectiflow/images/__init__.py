@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "adaptation": ("FeatureAdaptation",),
         "latent_editing": ("decode", "edit_latent", "encode", "vary"),
-        "transfer": ("DomainTransfer", "domain_classifier", "transfer"),
+        "domain_transfer": ("DomainTransfer", "domain_classifier", "transfer"),
     },
 )

@@ -66,7 +66,7 @@ class PlanarScores:
         cost: mean squared distance of noise and sample.
         one_step: energy distance to the data of samples made in one Euler step.
         many_steps: the same in many.
-        gap: how far the fall of the cost is from S + V, as a part of the fall.
+        gap: how far the fall of the cost by this flow is from S + V, as a part of the cost before.
         paths: states of a few noises along their paths.
     """
 
@@ -142,7 +142,8 @@ def _score(
     many = made[settings.steps]
     straight = straightness(model, source, settings.steps).total
     given = [end.to(source) for end in coupling]
-    fall = transport_cost(given[0], given[1]) - transport_cost(source, many)
+    before = transport_cost(given[0], given[1])
+    fall = before - transport_cost(source, many)
     explained = straight + velocity_loss(model, given[0], given[1], settings.steps)
     seen = Trajectory()
     sample(model, source=source[:80], steps=settings.steps, solver="euler", correctors=(seen,))
@@ -151,6 +152,6 @@ def _score(
         cost=transport_cost(source, many),
         one_step=energy_distance(made[1].cpu(), fresh),
         many_steps=energy_distance(many.cpu(), fresh),
-        gap=abs(fall - explained) / abs(fall) if fall else math.nan,
+        gap=abs(fall - explained) / before,
         paths=[state.cpu() for state in seen.states],
     )

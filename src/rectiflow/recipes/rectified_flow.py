@@ -261,7 +261,7 @@ def _numbers(
         f"ring: energy distance, {settings.planar.steps} steps": lambda s: s.many_steps,
     }
     straight = {arm: found for arm, found in arms.items() if arm.endswith("straight path")}
-    gap = "ring: |fall of the cost - (S + V)|, as a part of the fall"
+    gap = "ring: |fall of the cost - (S + V)|, as a part of the cost before"
     return [*found, *numbers(arms, measures), *numbers(straight, {gap: lambda s: s.gap})]
 
 
@@ -321,7 +321,7 @@ def _notes(
         f"Distilled to one step, the 2-rectified flow reaches {distance} {second} and the first "
         f"flow, distilled directly, {first}; the claim does not say which is better here.",
         "In theory the fall of the transport cost equals S + V, with V the least possible loss; "
-        f"the trained flows in the plane keep this within {gap} of the fall.",
+        f"the trained flows in the plane keep this within {gap} of the cost before.",
         f"The same noises for all models and seeds; distances to the training set of "
         f"{settings.samples} samples.",
     ]
