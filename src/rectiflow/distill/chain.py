@@ -37,12 +37,14 @@ class PairSettings:
     solver: str = "euler"
     """Solver of the teacher."""
     steps: int = 50
-    """Its steps."""
+    """Its steps on a first flow."""
+    straight_steps: int = 20
+    """Its steps on a reflowed flow, which needs fewer."""
     batch_size: int = 1000
     """Pairs computed together."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch_size"):
+        for name in ("count", "steps", "straight_steps", "batch_size"):
             positive(name, getattr(self, name))
 
 
@@ -177,7 +179,7 @@ def _pairs(
             folder,
             settings.pairs.count,
             solver=settings.pairs.solver,
-            steps=settings.pairs.steps,
+            steps=settings.pairs.steps if number == 1 else settings.pairs.straight_steps,
             batch_size=settings.pairs.batch_size,
             # Other noises than the evaluation's and than the other rounds'.
             seed=settings.seed * 1000 + number,
