@@ -42,7 +42,9 @@ def settings(steps: int = 12, **changes) -> TrainerSettings:
     return TrainerSettings(steps=steps, **{**options, **changes})
 
 
-def train(steps: int = 12, folder: Path | None = None, resume: bool = False, **changes) -> FlowModel:
+def train(
+    steps: int = 12, folder: Path | None = None, resume: bool = False, **changes
+) -> FlowModel:
     method = FlowMatching(make_model(), Independent(DATA))
     return Trainer(method, settings(steps, **changes), folder=folder).fit(resume=resume)
 
@@ -270,7 +272,7 @@ def test_condition_dropout_uses_the_null_label():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"steps": 0}, "steps must be > 0, got 0"),
         ({"batch_size": -4}, "batch_size must be > 0, got -4"),

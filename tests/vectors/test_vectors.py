@@ -35,9 +35,7 @@ def test_products_equal_the_loop(start):
     a, b = draw(0), draw(1)
     expected = torch.tensor(oracle.inner(a, b, start), dtype=torch.float64)
     # float64 sums of 32 terms: a few units in the last place.
-    assert torch.allclose(
-        vectors.inner(a, b, start=start).flatten(), expected, rtol=0, atol=1e-13
-    )
+    assert torch.allclose(vectors.inner(a, b, start=start).flatten(), expected, rtol=0, atol=1e-13)
     squares = torch.tensor(oracle.inner(a, a, start), dtype=torch.float64)
     assert torch.allclose(vectors.norm(a, start=start).flatten(), squares.sqrt(), rtol=1e-14)
 
@@ -161,7 +159,9 @@ def test_bounds_per_vector_and_per_image():
     assert torch.equal(out[2], v[2])
     assert torch.equal(vectors.clip_value(v, bound)[2], v[2])
     assert torch.equal(vectors.clip_pixels(v, bound)[1], vectors.clip_pixels(v[1:2], 1.0)[0])
-    assert torch.allclose(vectors.norm(vectors.rescale(v, bound[:2].repeat(2)[:3])), bound[[0, 1, 0]])
+    assert torch.allclose(
+        vectors.norm(vectors.rescale(v, bound[:2].repeat(2)[:3])), bound[[0, 1, 0]]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

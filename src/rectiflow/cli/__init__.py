@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise unknown("command", name, COMMANDS)
         return int(importlib.import_module(COMMANDS[name].module).main(rest) or 0)
     except KeyboardInterrupt as stop:
-        print(f"rectiflow: interrupted ({stop})" if str(stop) else "rectiflow: interrupted",
-              file=sys.stderr)
+        print(
+            f"rectiflow: interrupted ({stop})" if str(stop) else "rectiflow: interrupted",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         sys.stderr.close()

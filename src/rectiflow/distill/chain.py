@@ -6,7 +6,6 @@ way. Each stage leaves a folder; a stage that is complete is not done again on r
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,7 +135,9 @@ def make_one_step(
     for number in range(1, settings.rounds + 1):
         key = f"reflow-{number}"
         with Stopwatch() as watch:
-            store = _pairs(model, folder / f"pairs-{number}", source, settings, number, resume=resume)
+            store = _pairs(
+                model, folder / f"pairs-{number}", source, settings, number, resume=resume
+            )
             model = train_model(
                 Reflow(model, StoredPairs(store)),
                 reflow,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,7 @@ def _refined(grid: Sequence[float], factor: int) -> list[float]:
     """The grid with each interval cut into `factor` equal ones."""
     points = [
         start + (stop - start) * part / factor
-        for start, stop in zip(grid, grid[1:])
+        for start, stop in itertools.pairwise(grid)
         for part in range(factor)
     ]
     return [*points, grid[-1]]

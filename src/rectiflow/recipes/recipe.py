@@ -127,7 +127,9 @@ class Result:
         lines = [f"claim: {self.claim}", ""]
         width = max(len(f"{n.quantity} ({n.arm})") for n in self.numbers)
         for n in self.numbers:
-            lines.append(f"  {f'{n.quantity} ({n.arm})':<{width}}  {cell(n.mean)} ± {cell(n.spread)}")
+            lines.append(
+                f"  {f'{n.quantity} ({n.arm})':<{width}}  {cell(n.mean)} ± {cell(n.spread)}"
+            )
         lines.append("")
         for check in self.checks:
             values = ", ".join(cell(v) for v in check.values)

@@ -187,7 +187,9 @@ def _write(folder: Path, features: Features) -> None:
 
     net = features.net
     with files.atomic_folder(folder) as temporary:
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary / "net.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in net.state_dict().items()}, temporary / "net.safetensors"
+        )
         record = {
             "name": features.name,
             "accuracy": features.accuracy,
