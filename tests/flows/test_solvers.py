@@ -25,7 +25,7 @@ def test_invariant_1_error_falls_with_the_order(solver, order, backward):
     begin, end = (1.0, 0.0) if backward else (0.0, 1.0)
     exact = field.transport(z, begin, end)
     errors = []
-    for steps in (40, 80, 160):
+    for steps in (25, 50, 100):
         grid = uniform_times(steps, start=begin, stop=end)
         errors.append((integrate(field, z, grid, solver) - exact).abs().max())
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
@@ -37,16 +37,16 @@ def test_invariant_1_error_falls_with_the_order(solver, order, backward):
 def test_invariant_1_the_map_is_known():
     field, z = gaussian(), points()
     torch.testing.assert_close(field.transport(z), 0.7 + 2.5 * z)
-    found = integrate(field, z, 200, "rk4")
-    torch.testing.assert_close(found, 0.7 + 2.5 * z, rtol=1e-8, atol=1e-8)
+    found = integrate(field, z, 100, "rk4")
+    torch.testing.assert_close(found, 0.7 + 2.5 * z, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", FIXED)
 def test_forward_then_backward_returns(solver):
     field, z = gaussian(), points()
-    there = integrate(field, z, 400, solver)
-    back = integrate(field, there, uniform_times(400, start=1, stop=0), solver)
-    assert (back - z).abs().max() < {1: 0.03, 2: 1e-4, 4: 1e-9}[FIXED[solver]]
+    there = integrate(field, z, 100, solver)
+    back = integrate(field, there, uniform_times(100, start=1, stop=0), solver)
+    assert (back - z).abs().max() < {1: 0.2, 2: 2e-3, 4: 1e-7}[FIXED[solver]]
     assert (there - z).abs().max() > 1
 
 
