@@ -154,6 +154,55 @@ def curves(
     return _finish(figure, path, title)
 
 
+def bands(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+    path: Path | str,
+    *,
+    across: str,
+    up: str,
+    floor: tuple[str, float] | None = None,
+    logarithmic: str = "",
+    title: str = "",
+) -> Path:
+    """Draw means over seeds with the range of the seeds as a band.
+
+    Args:
+        lines: name to (x values, one row of y values a seed); a single x gives a bar with its
+            range.
+        path: the file.
+        across: label of the x axis.
+        up: label of the y axis.
+        floor: name and value of a dashed line.
+        logarithmic: the axes with a logarithmic scale: "", "x", "y" or "xy".
+        title: title of the figure.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.8))
+    for colour, (name, (x, rows)) in zip(_cycle(len(lines)), lines.items()):
+        values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
+        mean, low, high = values.mean(0), values.amin(0), values.amax(0)
+        if len(x) == 1:
+            reach = torch.stack([mean - low, high - mean]).numpy()
+            axis.errorbar(x, mean, reach, fmt="D", ms=5, capsize=4, color=colour, label=name)
+            continue
+        axis.plot(x, mean, marker="o" if len(x) <= 20 else None, ms=4, color=colour, label=name)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    if floor is not None:
+        axis.axhline(floor[1], color="#777777", ls="--", lw=1, label=floor[0])
+    if "x" in logarithmic:
+        axis.set_xscale("log")
+        ticks = sorted({value for x, _ in lines.values() for value in x})
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.xaxis.minorticks_off()
+    if "y" in logarithmic:
+        axis.set_yscale("log")
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
+    return _finish(figure, path, title)
+
+
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
