@@ -207,7 +207,7 @@ def _refined(grid: Sequence[float], factor: int) -> list[float]:
 
 
 def _finer(solver: Any) -> Any:
-    """The solver of the reference: itself on the finer grid, an adaptive one with tighter errors."""
+    """The reference's solver: the same on the finer grid, or adaptive with tighter errors."""
     from dataclasses import replace
 
     from rectiflow.flows.adaptive import DormandPrince

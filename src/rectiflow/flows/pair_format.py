@@ -154,7 +154,7 @@ def read_settings(folder: FilePath) -> tuple[PairSettings, list[str] | None]:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise PairStoreError(
-            f"{file} does not describe a pair store ({error}): restore it or generate the pairs anew"
+            f"{file} does not describe a pair store ({error}): restore it or make the pairs anew"
         ) from None
     return settings, digests
 
