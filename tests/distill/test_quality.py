@@ -49,7 +49,9 @@ def test_numbers_equal_the_closed_form_of_a_rotation():
     size = float(x.square().mean().sqrt())
     std = float(x.var(0).mean().sqrt())
     # float32 over 250 steps.
-    assert quality.round_trip_error == pytest.approx(abs(back - 1) * size / float(x.std()), rel=1e-3)
+    assert quality.round_trip_error == pytest.approx(
+        abs(back - 1) * size / float(x.std()), rel=1e-3
+    )
     scale = abs(finer) * std
     # The reference's standard deviation mixes the two dimensions: equal within sampling error.
     assert quality.finer_difference == pytest.approx(abs(coarse - finer) * size / scale, rel=0.01)
@@ -57,8 +59,10 @@ def test_numbers_equal_the_closed_form_of_a_rotation():
 
 def test_frechet_equals_the_matrix_formula():
     linalg = pytest.importorskip("scipy.linalg")
-    a, b = noise(40, 5).double(), noise(40, 5).double().flip(0) @ torch.randn(
-        5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    a, b = (
+        noise(40, 5).double(),
+        noise(40, 5).double().flip(0)
+        @ torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
     )
     b = b + 1
     ca, cb = torch.cov(a.T), torch.cov(b.T)

@@ -191,7 +191,12 @@ def test_shards_of_another_store_or_place_are_refused(written, tmp_path_factory)
     shard_file(folder, 2).write_bytes(good)
     # A consistent shard that is not the one generated.
     write_shard(
-        folder, settings, 2, *[torch.randn(16, 2, 3)] * 2, {"label": torch.zeros(16).long()}
+        folder,
+        settings,
+        2,
+        torch.randn(16, 2, 3),
+        torch.randn(16, 2, 3),
+        {"label": torch.zeros(16).long()},
     )
     with pytest.raises(PairStoreError, match="not the shard that was generated"):
         PairStore(folder)

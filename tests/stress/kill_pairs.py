@@ -1,16 +1,16 @@
 """Kill pair generation at random moments, resume, and compare with a run left in peace.
 
-    python tests/stress/kill_pairs.py --kills 20
+python tests/stress/kill_pairs.py --kills 20
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.process
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,24 +29,38 @@ def generate(folder: str, shards: int) -> None:
     generate_pairs(model, folder, shards * ROWS - 7, steps=20, shard_size=ROWS, batch_size=32)
 
 
-def stress(folder: Path | str, *, kills: int, shards: int, seed: int) -> int:
+def stress(folder: Path, *, kills: int, shards: int, seed: int) -> int:
     """Kill `kills` runs, finish, compare; returns how many were killed at work."""
-    folder, chance = Path(folder), random.Random(seed)
-    generate(str(folder / "whole"), shards)
-    killed = 0
+    # Runs are forked from a server that has imported torch once; a fork of a process that has
+    # computed with threads could hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rectiflow.distill.generation"])
+
+    def begin(name: str) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=generate, args=(str(folder / name), shards))
+        process.start()
+        return process
+
+    def finish(name: str) -> None:
+        process = begin(name)
+        process.join()
+        assert process.exitcode == 0, f"generating {name} ended with {process.exitcode}"
+
+    chance, killed = random.Random(seed), 0
+    finish("whole")
     while killed < kills:
-        begun = _shards(folder / "part")
-        if begun == shards:
+        made = _shards(folder / "part")
+        if made == shards:
             raise AssertionError(f"all shards were made after {killed} kills: ask for more shards")
-        command = [sys.executable, __file__, "--generate", str(folder / "part")]
-        process = subprocess.Popen([*command, "--shards", str(shards)])
-        # The start of Python takes seconds: the clock runs from the first shard of this run.
-        while process.poll() is None and _shards(folder / "part") == begun:
+        process = begin("part")
+        # The moment is random from the first new shard on; before it nothing is at stake.
+        while process.is_alive() and _shards(folder / "part") == made:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    generate(str(folder / "part"), shards)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    finish("part")
     names = sorted(os.listdir(folder / "whole"))
     assert sorted(os.listdir(folder / "part")) == names, "files left over or missing"
     for name in names:
@@ -64,12 +78,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--shards", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--generate", help="make pairs in this folder (what is killed)")
     options = parser.parse_args()
-    if options.generate:
-        generate(options.generate, options.shards)
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         killed = stress(folder, kills=options.kills, shards=options.shards, seed=options.seed)
     print(f"{killed} kills, {options.shards} shards: every byte as without")
 
