@@ -207,7 +207,7 @@ def test_a_wrong_description_is_refused(written, change):
     folder = written[0]
     value = json.loads((folder / STORE).read_text())
     (folder / STORE).write_text(json.dumps({**value, **change}))
-    with pytest.raises(PairStoreError, match="store.json"):
+    with pytest.raises(PairStoreError, match=r"store\.json"):
         PairStore(folder)
 
 

@@ -204,7 +204,7 @@ def _refined(grid: Sequence[float], factor: int) -> list[float]:
     """The grid with each interval cut into `factor` equal ones."""
     points = [
         start + (stop - start) * part / factor
-        for start, stop in zip(grid, grid[1:])
+        for start, stop in zip(grid, grid[1:])  # noqa: RUF007
         for part in range(factor)
     ]
     return [*points, grid[-1]]
