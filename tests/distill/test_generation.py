@@ -183,20 +183,18 @@ def test_another_teacher_is_refused(model, tmp_path):
 
 
 def test_a_full_disk_keeps_what_is_finished(model, tmp_path, monkeypatch):
-    from rectiflow.flows import pair_format
-
     options = {"steps": 20, "shard_size": 10}
     generate_pairs(model, tmp_path / "whole", 40, **options)
-    real, calls = pair_format.save_file, []
+    real, calls = Path.write_bytes, []
 
-    def full(tensors, path, metadata):
+    def full(path, content):
         calls.append(path)
         if len(calls) > 2:
-            Path(path).write_bytes(b"part of a shard")
+            real(path, content[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        return real(path, content)
 
-    monkeypatch.setattr(pair_format, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="finished shards are kept") as caught:
         generate_pairs(model, tmp_path / "part", 40, **options)
     assert caught.value.errno == errno.ENOSPC
