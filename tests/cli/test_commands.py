@@ -231,7 +231,7 @@ def test_every_command_has_help(name, capsys):
     if name in ("list", "doctor"):
         assert main([name, "--help"]) == 0
     else:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main([name, "--help"])
     assert f"rectiflow {name}" in capsys.readouterr().out
 

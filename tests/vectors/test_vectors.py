@@ -233,7 +233,7 @@ def test_bad_arguments_are_named():
         vectors.clip_norm(v, -1.0)
     with pytest.raises(ValueError, match="same shape"):
         vectors.inner(v, v[:1])
-    with pytest.raises(ValueError, match="start must lie in 0..4"):
+    with pytest.raises(ValueError, match=r"start must lie in 0\.\.4"):
         vectors.norm(v, start=5)
     with pytest.raises(ValueError, match="order must be 2"):
         vectors.clip_pixels(v, 1.0, order=1)
