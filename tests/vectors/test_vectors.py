@@ -118,7 +118,7 @@ def test_combining_equal_vectors_changes_nothing_and_matching_restores_length():
     width=st.integers(1, 9),
     scale=st.floats(1e-6, 1e6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_splits_are_orthogonal_idempotent_and_complete(seed, rows, width, scale):
     v, r = draw(seed, rows, width), draw(seed + 1, rows, width) * scale
     parallel, orthogonal = vectors.split_parallel(v, r)
@@ -134,7 +134,7 @@ def test_splits_are_orthogonal_idempotent_and_complete(seed, rows, width, scale)
 
 
 @given(seed=st.integers(0, 10**6), bound=st.floats(0.0, 4.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_clips_bound_what_is_outside_and_keep_bits_inside(seed, bound):
     v = draw(seed, 4, 3, 2, 2, dtype=torch.float32)
     by_norm = vectors.clip_norm(v, bound)
@@ -222,7 +222,7 @@ def test_gradients_are_right_and_finite_at_zero():
 
 def test_compiled_split_equals_the_eager_one():
     v, r = draw(0), draw(1)
-    compiled = torch.compile(vectors.split_parallel, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(vectors.split_parallel, fullgraph=True, backend="eager")
     for ours, theirs in zip(compiled(v, r), vectors.split_parallel(v, r)):
         assert torch.allclose(ours, theirs, atol=1e-15)
 

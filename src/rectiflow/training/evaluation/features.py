@@ -28,11 +28,16 @@ Progress = Callable[[int, int], None]
 class LabelledImages(Protocol):
     """What is needed of a data set."""
 
-    name: str
-    slug: str
-    images: np.ndarray
-    labels: np.ndarray | None
-    classes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def slug(self) -> str: ...
+    @property
+    def images(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray | None: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """Images as floats in [-1, 1]."""
@@ -186,6 +191,7 @@ def _write(folder: Path, features: Features) -> None:
     from safetensors.torch import save_file
 
     net = features.net
+    assert isinstance(net, FeatureNet)
     with files.atomic_folder(folder) as temporary:
         save_file(
             {k: v.contiguous() for k, v in net.state_dict().items()}, temporary / "net.safetensors"
