@@ -294,3 +294,11 @@ def test_bf16_training_keeps_float32_weights():
     model = train(precision="bf16")
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert weights(model).isfinite().all()
+
+
+def test_killed_trainings_end_with_the_same_weights():
+    stress = Path(__file__).parents[1] / "stress" / "kill_training.py"
+    command = [sys.executable, str(stress), "--kills", "3", "--steps", "120"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.startswith("3 kills")

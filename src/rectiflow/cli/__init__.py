@@ -70,5 +70,7 @@ def _expected(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     """An error as one line."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return f"{error.name} is not installed: pip install 'rectiflow[app]'"
     text = " ".join(str(error).split())
     return text or type(error).__name__
