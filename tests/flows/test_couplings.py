@@ -133,7 +133,9 @@ def test_minibatch_transport_exchanges_within_a_condition_only():
     assert after.condition is before.condition
 
 
-@pytest.mark.parametrize("value", [torch.rand(24), torch.zeros(24, 2).long(), "cat"], ids=str)
+@pytest.mark.parametrize(
+    "value", [torch.rand(24), torch.zeros(24, 2).long(), "cat"], ids=["float", "matrix", "text"]
+)
 def test_minibatch_transport_refuses_conditions_that_are_no_labels(value):
     coupling, _ = fixed({"text": value})
     with pytest.raises(ValueError, match=r"discrete labels of shape .* but 'text' is not one"):

@@ -24,9 +24,7 @@ from rectiflow.training.runs import Run
 def test_random_pairing_is_the_mean_over_all_other_partners() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(6, 1, 2, 2, generator=generator) for _ in range(2))
-    slow = [
-        (a[i] - b[j]).square().sum().item() for i in range(6) for j in range(6) if i != j
-    ]
+    slow = [(a[i] - b[j]).square().sum().item() for i in range(6) for j in range(6) if i != j]
     assert _shuffled_cost(a, b) == pytest.approx(sum(slow) / len(slow), rel=1e-6)
 
 

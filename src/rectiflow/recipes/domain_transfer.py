@@ -23,8 +23,8 @@ from rectiflow.flows.couplings import Independent
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.metrics import transport_cost
 from rectiflow.flows.sampling import device_of
-from rectiflow.images.latent_editing import vary
 from rectiflow.images.domain_transfer import DomainTransfer, domain_classifier, transfer
+from rectiflow.images.latent_editing import vary
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import new_model, numbers, stage, train
 from rectiflow.training.data import ImageData, load

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rectiflow.recipes.catalog import SYSTEMS
-
 from rectiflow.errors import unknown
 from rectiflow.files import write_json
+from rectiflow.recipes.catalog import SYSTEMS
 from rectiflow.training.report import Section, Table, cell, write_report
 from rectiflow.training.runs import Run, plain
 

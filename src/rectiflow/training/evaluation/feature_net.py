@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from rectiflow.training.evaluation.features import LabelledImages
+    from rectiflow.training.evaluation.labelled_images import LabelledImages
 
 
 class FeatureNet(nn.Module):

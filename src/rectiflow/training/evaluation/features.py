@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from rectiflow import errors, files
 from rectiflow.training.evaluation.feature_net import FeatureNet, fit, standardise
 from rectiflow.training.evaluation.inception import Inception
+from rectiflow.training.evaluation.labelled_images import LabelledImages
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,27 +24,6 @@ if TYPE_CHECKING:
 VERSION = 1  # of the training settings: a change here retrains every cached net
 KINDS = ("auto", "classifier", "random", "inception:PATH")
 Progress = Callable[[int, int], None]
-
-
-class LabelledImages(Protocol):
-    """What is needed of a data set."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def slug(self) -> str: ...
-    @property
-    def images(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray | None: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """Images as floats in [-1, 1]."""
-        ...
-
-    def __len__(self) -> int: ...
 
 
 class Features:

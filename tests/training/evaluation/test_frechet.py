@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rectiflow.training.frechet import MomentAccumulator, Moments, frechet_distance
+from rectiflow.training.evaluation.frechet import MomentAccumulator, Moments, frechet_distance
 
 
 def sample(seed: int, n: int, d: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rectiflow.errors import MissingExtraError
-from rectiflow.training import features as module
-from rectiflow.training.features import load_features
-from rectiflow.training.frechet import Moments, frechet_distance
+from rectiflow.training.evaluation import features as module
+from rectiflow.training.evaluation.features import load_features
+from rectiflow.training.evaluation.frechet import Moments, frechet_distance
 
 
 class Digits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rectiflow.training.manifold import precision_recall
+from rectiflow.training.evaluation.manifold import precision_recall
 
 
 def covered_by_loop(points: torch.Tensor, centres: torch.Tensor, k: int) -> float:
