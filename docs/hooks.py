@@ -42,7 +42,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages themselves."""
     pages = {
-        **{f"commands/{name}.md": command_page(name) for name in COMMANDS},
+        **command_pages(),
         **{f"api/{room}.md": api_page(room) for room in rooms()},
         "systems.md": gallery(),
         "evidence.md": evidence(records(ROOT / "results")),
@@ -64,18 +64,31 @@ def modules(room: str) -> list[str]:
     return [module.name for module in found if "._" not in module.name]
 
 
-def command_page(name: str) -> str:
-    """What a command does, and its own help."""
+HELP = """
+import contextlib, io, json
+from rectiflow.cli import main
+from rectiflow.cli.commands import COMMANDS
+
+pages = {}
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    pages[name] = shown.getvalue().strip()
+print(json.dumps(pages))
+"""
+
+
+def command_pages() -> dict[str, str]:
+    """What each command does, and its own help; one process, since the width is set once."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "88", "NO_COLOR": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "rectiflow", name, "--help"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", HELP], env=environment, capture_output=True, text=True, check=True
     )
-    summary = COMMANDS[name].summary
-    return f"# rectiflow {name}\n\n{sentence(summary)}\n\n```text\n{done.stdout.strip()}\n```\n"
+    return {
+        f"commands/{name}.md": f"# rectiflow {name}\n\n{sentence(COMMANDS[name].summary)}\n\n"
+        f"```text\n{shown}\n```\n"
+        for name, shown in json.loads(done.stdout).items()
+    }
 
 
 def api_page(room: str) -> str:
