@@ -34,7 +34,7 @@ check: $(STAMP) ## lint, format, types, layers and the documentation build
 
 bench: $(STAMP) ## side-by-side measurements against peers
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/run.py
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

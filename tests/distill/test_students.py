@@ -78,7 +78,9 @@ def test_k_step_distillation_looks_only_at_the_starts_of_steps():
             seen.append(t)
             return self.scale * x
 
-    method = OneStepDistillation(FlowModel(Spy(), shape=(2,)), Fixed(*[points(400, 1)] * 2), steps=4)
+    method = OneStepDistillation(
+        FlowModel(Spy(), shape=(2,)), Fixed(*[points(400, 1)] * 2), steps=4
+    )
     method.loss(Draw.of(400))
     assert sorted(set(seen[0].tolist())) == [0.0, 0.25, 0.5, 0.75]
     assert method.model.sampling == {"solver": "euler", "steps": 4}
@@ -163,7 +165,7 @@ def test_premetric_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"steps": 0}, "steps must be > 0, got 0"),
         ({"steps": 2, "encoder": True}, "one-step encoder has one step, got steps=2"),

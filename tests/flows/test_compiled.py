@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -15,16 +17,26 @@ class Tiny(nn.Module):
 
 
 @torch.no_grad()
-def test_equals_integrate_on_any_grid():
+def check(grids):
     torch.manual_seed(0)
     model, x, label = FlowModel(Tiny().eval()), torch.randn(4, 2), torch.rand(4)
     sampler = CompiledSampler(model, "euler", steps_per_call=2)
-    # 4 steps fill two calls; 3 leave a rest; the last grid runs backward.
-    for grid in (uniform_times(4), [0.1, 0.2, 0.9], [1.0, 0.5, 0.0]):
+    for grid in grids:
         found = sampler(x, grid, label=label)
         wanted = integrate(model, x, grid, "euler", label=label)
         # Fused kernels round differently.
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_equals_integrate():
+    # Four steps fill two calls of one compiled function; so does the way back.
+    check([uniform_times(4), [1.0, 0.5, 0.0]])
+
+
+def test_a_rest_of_steps_is_taken(monkeypatch):
+    # The graph is captured as above, but run without a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    check([[0.1, 0.2, 0.5, 0.9], [1.0, 0.5]])
 
 
 def test_only_fixed_steps_can_be_unrolled():

@@ -28,8 +28,8 @@ def gaussian(path="rectified"):
 @pytest.mark.parametrize("solver", ["rk4", "dopri5", "heun"])
 def test_invariant_5_gaussian_density(solver):
     field, x = gaussian(), random(9, 2)
-    found = log_likelihood(field, x, 200, solver)
-    tolerance = {"rk4": 1e-6, "heun": 1e-2, "dopri5": 1e-3}[solver]
+    found = log_likelihood(field, x, 50, solver)
+    tolerance = {"rk4": 1e-4, "heun": 2e-2, "dopri5": 1e-3}[solver]
     torch.testing.assert_close(found, field.log_density(x), rtol=0, atol=tolerance)
 
 

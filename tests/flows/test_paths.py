@@ -95,6 +95,12 @@ def test_start_is_the_path_without_its_target(name):
     torch.testing.assert_close(path.start(source), wanted)
 
 
+def test_conversions_keep_the_dtype_of_the_state():
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    found = build("vp").convert(x, x, torch.full((2,), 0.5), given="noise", wanted="velocity")
+    assert found.dtype == torch.bfloat16
+
+
 def test_edm_noise_levels_are_those_of_karras():
     path = EDMPath()
     levels = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]

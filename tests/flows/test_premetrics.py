@@ -56,7 +56,7 @@ def test_invariant_7_feature_loss_uses_the_jacobian_at_the_state():
 @pytest.mark.parametrize(
     "premetric",
     [L2(), PseudoHuber(0.3), FeatureL2(torch.tanh), FeatureL2(torch.tanh, plain=0.5)],
-    ids=str,
+    ids=["l2", "pseudo-huber", "feature", "feature-and-plain"],
 )
 def test_invariant_7_gradients_match_finite_differences(premetric):
     output = random(3, 4).requires_grad_()

@@ -18,35 +18,49 @@ def points(count=16):
     return torch.randn(count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("solver, order", FIXED.items())
-@pytest.mark.parametrize("backward", [False, True])
-def test_invariant_1_error_falls_with_the_order(solver, order, backward):
-    field, z = gaussian(), points()
-    begin, end = (1.0, 0.0) if backward else (0.0, 1.0)
-    exact = field.transport(z, begin, end)
+def slopes(field, x, exact, begin, end, solver):
+    """Exponents by which the error falls when the steps are halved, and halved again."""
     errors = []
-    for steps in (40, 80, 160):
+    for steps in (25, 50, 100):
         grid = uniform_times(steps, start=begin, stop=end)
-        errors.append((integrate(field, z, grid, solver) - exact).abs().max())
-    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+        errors.append((integrate(field, x, grid, solver) - exact).abs().max())
+    return [math.log2(before / after) for before, after in pairwise(errors)]
+
+
+@pytest.mark.parametrize("solver, order", FIXED.items())
+@pytest.mark.parametrize("begin, end", [(0.0, 1.0), (1.0, 0.0)])
+def test_error_falls_with_the_order(solver, order, begin, end):
+    angle = torch.atan(torch.linspace(-0.6, 0.2, 9, dtype=torch.float64)).unsqueeze(1)
+    x, exact = (torch.tan(angle + math.sin(time)) for time in (begin, end))
+    found = slopes(lambda s, t: (1 + s**2) * t.cos()[:, None], x, exact, begin, end, solver)
     assert resolve(solver).order == order
     # The next term of the error moves the slope by O(1/steps).
-    assert slopes[-1] == pytest.approx(order, abs=0.15)
+    assert found[-1] == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("solver, order", FIXED.items())
+@pytest.mark.parametrize("begin, end", [(0.2, 1.0), (1.0, 0.2)])
+def test_invariant_1_error_falls_with_the_order(solver, order, begin, end):
+    field, z = gaussian(), points()
+    found = slopes(field, z, field.transport(z, begin, end), begin, end, solver)
+    # The leading error of the midpoint method happens to cancel on this field: it gains an order.
+    gained = 1 if solver == "midpoint" else 0
+    assert found[-1] == pytest.approx(order + gained, abs=0.15)
 
 
 def test_invariant_1_the_map_is_known():
     field, z = gaussian(), points()
     torch.testing.assert_close(field.transport(z), 0.7 + 2.5 * z)
-    found = integrate(field, z, 200, "rk4")
-    torch.testing.assert_close(found, 0.7 + 2.5 * z, rtol=1e-8, atol=1e-8)
+    found = integrate(field, z, 100, "rk4")
+    torch.testing.assert_close(found, 0.7 + 2.5 * z, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", FIXED)
 def test_forward_then_backward_returns(solver):
     field, z = gaussian(), points()
-    there = integrate(field, z, 400, solver)
-    back = integrate(field, there, uniform_times(400, start=1, stop=0), solver)
-    assert (back - z).abs().max() < {1: 0.03, 2: 1e-4, 4: 1e-9}[FIXED[solver]]
+    there = integrate(field, z, 100, solver)
+    back = integrate(field, there, uniform_times(100, start=1, stop=0), solver)
+    assert (back - z).abs().max() < {1: 0.2, 2: 2e-3, 4: 1e-7}[FIXED[solver]]
     assert (there - z).abs().max() > 1
 
 

@@ -42,7 +42,9 @@ def settings(steps: int = 12, **changes) -> TrainerSettings:
     return TrainerSettings(steps=steps, **{**options, **changes})
 
 
-def train(steps: int = 12, folder: Path | None = None, resume: bool = False, **changes) -> FlowModel:
+def train(
+    steps: int = 12, folder: Path | None = None, resume: bool = False, **changes
+) -> FlowModel:
     method = FlowMatching(make_model(), Independent(DATA))
     return Trainer(method, settings(steps, **changes), folder=folder).fit(resume=resume)
 
@@ -270,7 +272,7 @@ def test_condition_dropout_uses_the_null_label():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"steps": 0}, "steps must be > 0, got 0"),
         ({"batch_size": -4}, "batch_size must be > 0, got -4"),
@@ -292,3 +294,11 @@ def test_bf16_training_keeps_float32_weights():
     model = train(precision="bf16")
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert weights(model).isfinite().all()
+
+
+def test_killed_trainings_end_with_the_same_weights():
+    stress = Path(__file__).parents[1] / "stress" / "kill_training.py"
+    command = [sys.executable, str(stress), "--kills", "3", "--steps", "120"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.startswith("3 kills")

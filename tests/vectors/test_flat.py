@@ -16,7 +16,7 @@ def draw(seed: int, n: int) -> torch.Tensor:
 
 
 @given(sizes=st.lists(st.integers(0, 120), min_size=1, max_size=12), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_segments_equal_the_loop(sizes, seed):
     total = sum(sizes)
     a, b = draw(seed, total), draw(seed + 1, total)
@@ -61,8 +61,8 @@ def test_half_buffers_zeros_and_gradients():
     assert torch.equal(split.orthogonal, torch.ones(80))
     (split.parallel.sum() + vectors.segment_norm(zero, plan).sum()).backward()
     assert torch.isfinite(zero.grad).all()
-    a, b = draw(0, 40).requires_grad_(), draw(1, 40).requires_grad_()
-    plan = Segments.of([7, 33])
+    a, b = draw(0, 20).requires_grad_(), draw(1, 20).requires_grad_()
+    plan = Segments.of([3, 17])
     assert torch.autograd.gradcheck(
         lambda x, y: vectors.segment_split_parallel(x, y, plan).parallel, (a, b)
     )

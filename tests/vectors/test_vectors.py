@@ -35,9 +35,7 @@ def test_products_equal_the_loop(start):
     a, b = draw(0), draw(1)
     expected = torch.tensor(oracle.inner(a, b, start), dtype=torch.float64)
     # float64 sums of 32 terms: a few units in the last place.
-    assert torch.allclose(
-        vectors.inner(a, b, start=start).flatten(), expected, rtol=0, atol=1e-13
-    )
+    assert torch.allclose(vectors.inner(a, b, start=start).flatten(), expected, rtol=0, atol=1e-13)
     squares = torch.tensor(oracle.inner(a, a, start), dtype=torch.float64)
     assert torch.allclose(vectors.norm(a, start=start).flatten(), squares.sqrt(), rtol=1e-14)
 
@@ -120,7 +118,7 @@ def test_combining_equal_vectors_changes_nothing_and_matching_restores_length():
     width=st.integers(1, 9),
     scale=st.floats(1e-6, 1e6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_splits_are_orthogonal_idempotent_and_complete(seed, rows, width, scale):
     v, r = draw(seed, rows, width), draw(seed + 1, rows, width) * scale
     parallel, orthogonal = vectors.split_parallel(v, r)
@@ -136,7 +134,7 @@ def test_splits_are_orthogonal_idempotent_and_complete(seed, rows, width, scale)
 
 
 @given(seed=st.integers(0, 10**6), bound=st.floats(0.0, 4.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_clips_bound_what_is_outside_and_keep_bits_inside(seed, bound):
     v = draw(seed, 4, 3, 2, 2, dtype=torch.float32)
     by_norm = vectors.clip_norm(v, bound)
@@ -161,7 +159,9 @@ def test_bounds_per_vector_and_per_image():
     assert torch.equal(out[2], v[2])
     assert torch.equal(vectors.clip_value(v, bound)[2], v[2])
     assert torch.equal(vectors.clip_pixels(v, bound)[1], vectors.clip_pixels(v[1:2], 1.0)[0])
-    assert torch.allclose(vectors.norm(vectors.rescale(v, bound[:2].repeat(2)[:3])), bound[[0, 1, 0]])
+    assert torch.allclose(
+        vectors.norm(vectors.rescale(v, bound[:2].repeat(2)[:3])), bound[[0, 1, 0]]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -222,7 +222,7 @@ def test_gradients_are_right_and_finite_at_zero():
 
 def test_compiled_split_equals_the_eager_one():
     v, r = draw(0), draw(1)
-    compiled = torch.compile(vectors.split_parallel, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(vectors.split_parallel, fullgraph=True, backend="eager")
     for ours, theirs in zip(compiled(v, r), vectors.split_parallel(v, r)):
         assert torch.allclose(ours, theirs, atol=1e-15)
 
@@ -233,7 +233,7 @@ def test_bad_arguments_are_named():
         vectors.clip_norm(v, -1.0)
     with pytest.raises(ValueError, match="same shape"):
         vectors.inner(v, v[:1])
-    with pytest.raises(ValueError, match="start must lie in 0..4"):
+    with pytest.raises(ValueError, match=r"start must lie in 0\.\.4"):
         vectors.norm(v, start=5)
     with pytest.raises(ValueError, match="order must be 2"):
         vectors.clip_pixels(v, 1.0, order=1)

@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise unknown("command", name, COMMANDS)
         return int(importlib.import_module(COMMANDS[name].module).main(rest) or 0)
     except KeyboardInterrupt as stop:
-        print(f"rectiflow: interrupted ({stop})" if str(stop) else "rectiflow: interrupted",
-              file=sys.stderr)
+        print(
+            f"rectiflow: interrupted ({stop})" if str(stop) else "rectiflow: interrupted",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -68,5 +70,7 @@ def _expected(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     """An error as one line."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return f"{error.name} is not installed: pip install 'rectiflow[app]'"
     text = " ".join(str(error).split())
     return text or type(error).__name__

@@ -40,6 +40,10 @@ def systems_of(folder: Path) -> list[str]:
     for name in ("run.json", "config.json"):
         if (folder / name).is_file():
             table = read_json(folder / name)
-            lineage = [slug for entry in table.get("lineage", []) for slug in entry.get("systems", [])]
+            lineage = [
+                slug for entry in table.get("lineage", []) for slug in entry.get("systems", [])
+            ]
             return sorted({*table.get("systems", []), *lineage})
-    raise FileNotFoundError(f"{folder} is neither a run nor a model folder (no run.json, config.json)")
+    raise FileNotFoundError(
+        f"{folder} is neither a run nor a model folder (no run.json, config.json)"
+    )

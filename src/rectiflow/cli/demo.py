@@ -56,9 +56,7 @@ def demonstrate(settings: Settings, chain: ChainSettings, train: Any, test: Any,
     from rectiflow.training.evaluation import Evaluator
 
     print(f"run folder: {run.folder}", file=sys.stderr)
-    stages = make_one_step(
-        train, chain, run.folder, spec=settings.data, resume=settings.resume
-    )
+    stages = make_one_step(train, chain, run.folder, spec=settings.data, resume=settings.resume)
     evaluator = Evaluator(
         train,
         test,

@@ -77,9 +77,7 @@ def draw(stages: Sequence[Stage], evaluator: Evaluator, run: Run) -> None:
         rows = {name: value[:SHOWN] for name, value in condition.items()}
         for steps in (1, 50):
             word = "step" if steps == 1 else "steps"
-            images = sample(
-                stage.model, source=source[:SHOWN], steps=steps, solver="euler", **rows
-            )
+            images = sample(stage.model, source=source[:SHOWN], steps=steps, solver="euler", **rows)
             panels[f"{stage.title}, {steps} {word}"] = images
         if stage.key != "one-step":
             seen = Trajectory()
@@ -112,13 +110,21 @@ def table(rows: Sequence[Row], floor: Scores, name: str, measure: str) -> Table:
     ]
     lines.append(["floor: train vs. test", *[getattr(floor, measure)] * len(counts)])
     header = [name, *(f"{steps} step{'s' if steps > 1 else ''}" for steps in counts)]
-    return Table(header, lines, caption="Lower is better. Euler steps; distance to the training set.")
+    return Table(
+        header, lines, caption="Lower is better. Euler steps; distance to the training set."
+    )
 
 
 def facts(rows: Sequence[Row]) -> Table:
     """Straightness, cost and times by model."""
-    header = ["model", "straightness S", "transport cost", "made in", "1,000 images, 1 step",
-              "1,000 images, 50 steps"]
+    header = [
+        "model",
+        "straightness S",
+        "transport cost",
+        "made in",
+        "1,000 images, 1 step",
+        "1,000 images, 50 steps",
+    ]
     lines = [
         [
             row.title,
@@ -239,4 +245,3 @@ def write(
         ],
         lead=lead,
     )
-

@@ -35,8 +35,10 @@ def main(words: Sequence[str]) -> int:
 
     teacher = FlowModel.from_pretrained(settings.model)
     if not reflow_rounds(teacher):
-        print("note: the teacher was not reflowed; a straightened teacher distils better as a rule",
-              file=sys.stderr)
+        print(
+            "note: the teacher was not reflowed; a straightened teacher distils better as a rule",
+            file=sys.stderr,
+        )
     method = OneStepDistillation(
         teacher,
         settings.coupling(teacher),

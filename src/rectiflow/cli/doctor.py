@@ -51,8 +51,10 @@ def main(words: Sequence[str]) -> int:
         for name, version in facts["packages"].items():
             print(f"{name:<12}{version}")
         for name, missing in facts["extras"].items():
-            state = "ready" if not missing else f"missing {', '.join(missing)}: pip install " + (
-                f"'rectiflow[{name}]'"
+            state = (
+                "ready"
+                if not missing
+                else f"missing {', '.join(missing)}: pip install " + (f"'rectiflow[{name}]'")
             )
             print(f"extra {name:<6}{state}")
         print(f"{'fashion-mnist':<14}{facts['fashion-mnist']}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +73,9 @@ def main(words: Sequence[str]) -> int:
     source, condition = evaluator.noises(model)
     ends = sample(model, source=source, steps=max(settings.steps), solver="euler", **condition)
     straight = straightness(model, source[:1000], 50, **{k: v[:1000] for k, v in condition.items()})
-    header = f"{'steps':>6}  {evaluator.name:>14}  {'fd_pixels':>9}  {'precision':>9}  {'recall':>6}"
+    header = (
+        f"{'steps':>6}  {evaluator.name:>14}  {'fd_pixels':>9}  {'precision':>9}  {'recall':>6}"
+    )
     print(header)
     for label, score in [*rows.items(), ("floor", floor)]:
         print(

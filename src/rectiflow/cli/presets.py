@@ -24,27 +24,27 @@ def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
             optim=OptimizerSettings(learning_rate=rate, schedule="cosine", warmup=100),
         )
 
-    net = preset_for(shape)
     if preset == "quick":
         return ChainSettings(
-            net=net,
+            net="mlp-2d",
             flow=stage(40, 1e-3, 64),
             pairs=PairSettings(count=256, steps=20, batch_size=256),
             reflow=stage(20, 5e-4, 64),
             distil=stage(20, 5e-4, 64),
         )
+    net = preset_for(shape)
     if max(shape[-2:]) <= 12:
         return ChainSettings(
             net=net,
-            flow=stage(4000, 1e-3, 256),
+            flow=stage(4000, 1e-3, 128),
             pairs=PairSettings(count=20_000, steps=50, batch_size=1000),
-            reflow=stage(3000, 5e-4, 256),
-            distil=stage(1500, 3e-4, 256),
+            reflow=stage(3000, 5e-4, 128),
+            distil=stage(2000, 3e-4, 128),
         )
     return ChainSettings(
         net=net,
-        flow=stage(5000, 1e-3, 128),
+        flow=stage(5000, 1e-3, 64),
         pairs=PairSettings(count=10_000, steps=50, batch_size=500),
-        reflow=stage(3000, 5e-4, 128),
-        distil=stage(2000, 3e-4, 128),
+        reflow=stage(3000, 5e-4, 64),
+        distil=stage(2000, 3e-4, 64),
     )

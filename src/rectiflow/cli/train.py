@@ -78,8 +78,14 @@ def run(settings: Settings) -> None:
             FlowMatching(model, coupling, condition_dropout=dropout),
             settings,
             folder.folder,
-            entry={"method": "flow", "data": data.name, "samples": len(data), "net": name,
-                   "coupling": settings.coupling, "systems": ["rectified-flow"]},
+            entry={
+                "method": "flow",
+                "data": data.name,
+                "samples": len(data),
+                "net": name,
+                "coupling": settings.coupling,
+                "systems": ["rectified-flow"],
+            },
             resume=settings.resume,
         )
         if folder.main:

@@ -6,7 +6,6 @@ way. Each stage leaves a folder; a stage that is complete is not done again on r
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,12 +36,14 @@ class PairSettings:
     solver: str = "euler"
     """Solver of the teacher."""
     steps: int = 50
-    """Its steps."""
+    """Its steps on a first flow."""
+    straight_steps: int = 20
+    """Its steps on a reflowed flow, which needs fewer."""
     batch_size: int = 1000
     """Pairs computed together."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch_size"):
+        for name in ("count", "steps", "straight_steps", "batch_size"):
             positive(name, getattr(self, name))
 
 
@@ -134,7 +135,9 @@ def make_one_step(
     for number in range(1, settings.rounds + 1):
         key = f"reflow-{number}"
         with Stopwatch() as watch:
-            store = _pairs(model, folder / f"pairs-{number}", source, settings, number, resume=resume)
+            store = _pairs(
+                model, folder / f"pairs-{number}", source, settings, number, resume=resume
+            )
             model = train_model(
                 Reflow(model, StoredPairs(store)),
                 reflow,
@@ -177,7 +180,7 @@ def _pairs(
             folder,
             settings.pairs.count,
             solver=settings.pairs.solver,
-            steps=settings.pairs.steps,
+            steps=settings.pairs.steps if number == 1 else settings.pairs.straight_steps,
             batch_size=settings.pairs.batch_size,
             # Other noises than the evaluation's and than the other rounds'.
             seed=settings.seed * 1000 + number,

@@ -57,7 +57,7 @@ def generate_pairs(
     Every shard depends on the settings and its own number alone. So a run that was killed goes on
     where it stopped and ends with the same bytes, and several processes (each with its
     `process_index`) share the work through the folder without talking to each other. The teacher
-    runs in evaluation mode and float32. Memory is bounded by two shards.
+    runs in evaluation mode and float32. Memory is bounded by three shards.
 
     Args:
         model: the teacher, usually the averaged weights of a trained flow.
@@ -216,10 +216,9 @@ def _write(
 ) -> None:
     try:
         pair_format.write_shard(folder, settings, shard, source, target, condition)
-    except Exception as error:
-        # safetensors reports a full disk by an exception of its own.
+    except OSError as error:
         raise OSError(
-            getattr(error, "errno", None) or 5,
+            error.errno,
             f"{shard_file(folder, shard)} cannot be written ({error}): finished shards are kept, "
             "make room and run the same command again",
         ) from error

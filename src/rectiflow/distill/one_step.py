@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rectiflow.distill.reflow import student_of
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Coupling
 from rectiflow.flows.fields import FlowModel
@@ -11,8 +12,6 @@ from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.premetrics import Premetric
 from rectiflow.flows.times import Discrete
 from rectiflow.training.flow_matching import FlowMatching
-
-from rectiflow.distill.reflow import student_of
 
 
 class OneStepDistillation(FlowMatching):

@@ -135,6 +135,7 @@ class DormandPrince:
         )
 
     def _scaled(self, error: Tensor, before: Tensor, after: Tensor) -> float:
+        error, before, after = error.detach(), before.detach(), after.detach()
         scale = self.atol + self.rtol * torch.maximum(before.abs(), after.abs())
         return float((error / scale).square().mean().sqrt())
 

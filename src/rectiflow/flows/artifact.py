@@ -80,7 +80,7 @@ def load(
 
 
 def identity(model: FlowModel) -> str | None:
-    """The SHA-256 that `config.json` of the saved model would state; None without a torch module."""
+    """The SHA-256 that the saved `config.json` would state; None for a net without weights."""
     if not isinstance(model.net, nn.Module):
         return None
     return hashlib.sha256(to_bytes(_state(model.net))).hexdigest()

@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rectiflow import __version__
@@ -154,7 +154,7 @@ def read_settings(folder: FilePath) -> tuple[PairSettings, list[str] | None]:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise PairStoreError(
-            f"{file} does not describe a pair store ({error}): restore it or generate the pairs anew"
+            f"{file} does not describe a pair store ({error}): restore it or make the pairs anew"
         ) from None
     return settings, digests
 
@@ -199,7 +199,8 @@ def write_shard(
     }
     with atomic_path(shard_file(folder, shard)) as temporary:
         # One key: several would be written in no fixed order, and equal shards would differ.
-        save_file(tensors, temporary, metadata={"rectiflow": json.dumps(stated)})
+        # Not save_file: its own temporary file would stay behind when the process is killed.
+        temporary.write_bytes(to_bytes(tensors, metadata={"rectiflow": json.dumps(stated)}))
 
 
 def read_shard(

@@ -111,7 +111,7 @@ class PairStore:
             PairStoreError: the shard of a pair is not generated yet.
         """
         wanted = indices.to("cpu", torch.int64).numpy()
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(
                 f"pairs are numbered 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
             )

@@ -145,7 +145,10 @@ class Path(ABC):
                 raise unknown("prediction", kind, PREDICTIONS)
         if given == wanted:
             return output
-        t = expand(t, x)
+        # Times are float32 at least; a state of lower precision keeps its own dtype.
+        return self._convert(output, x, expand(t, x), given, wanted).to(x.dtype)
+
+    def _convert(self, output: Tensor, x: Tensor, t: Tensor, given: str, wanted: str) -> Tensor:
         alpha, sigma = self.alpha(t), self.sigma(t)
         if given == "velocity":
             dalpha, dsigma = self.dalpha(t), self.dsigma(t)

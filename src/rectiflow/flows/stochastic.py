@@ -74,4 +74,5 @@ class StochasticEuler:
         sigma = self.path.sigma(expand(t, x))
         drift = v - (0.5 * self.scale**2 / self.source_std**2) * sigma * noise
         fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return x + dt * drift + self.scale * math.sqrt(dt) * sigma * fresh, v
+        # Times are float32 at least; the state keeps its own dtype.
+        return (x + dt * drift + self.scale * math.sqrt(dt) * sigma * fresh).to(x.dtype), v

@@ -43,7 +43,7 @@ _IMAGES = (1, 28, 28)
 
 sizes: dict[str, Size] = {
     "mlp-2d": Size("mlp", {"width": 64, "depth": 2}, (2,), 29_314, "points in the plane"),
-    "mlp-digits": Size("mlp", {"width": 512, "depth": 4}, (1, 8, 8), 2_302_592, "8x8 digits"),
+    "mlp-digits": Size("mlp", {"width": 512, "depth": 2}, (1, 8, 8), 1_186_432, "8x8 digits"),
     # Multiply-adds per image: 14, 26 and 125 million.
     "unet-xxs": Size(
         "unet",

@@ -72,7 +72,7 @@ def compare_samples(
     plt = _pyplot()
     across = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
     down = math.ceil(len(panels) / across)
-    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 3.35 * down), squeeze=False)
+    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 3.5 * down), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (name, images) in zip(axes.flat, panels.items()):

@@ -70,7 +70,9 @@ class FlowMatching:
     def inspect(self, draw: Draw) -> str:
         """What is wrong with the pairs of a draw, or an empty string."""
         pairs = self.coupling.draw(draw)
-        bad = ~(pairs.target.flatten(1).isfinite().all(1) & pairs.source.flatten(1).isfinite().all(1))
+        bad = ~(
+            pairs.target.flatten(1).isfinite().all(1) & pairs.source.flatten(1).isfinite().all(1)
+        )
         count = int(bad.sum())
         return f"{count} of its {bad.numel()} pairs hold NaN or infinity" if count else ""
 

@@ -379,5 +379,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+            flat[prefix + key] = (
+                value if isinstance(value, int | float | str | bool) else str(value)
+            )
     return flat

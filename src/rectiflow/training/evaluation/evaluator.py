@@ -157,5 +157,3 @@ class Evaluator:
         """A fixed random subset."""
         generator = torch.Generator().manual_seed(self.seed)
         return data.batch(torch.randperm(len(data), generator=generator)[:count])
-
-

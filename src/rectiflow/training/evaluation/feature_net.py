@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from rectiflow.training.evaluation.features import LabelledImages
+    from rectiflow.training.evaluation.labelled_images import LabelledImages
 
 
 class FeatureNet(nn.Module):
@@ -38,8 +38,8 @@ class FeatureNet(nn.Module):
 
     def __init__(self, shape: Sequence[int], classes: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.config = {"shape": [int(n) for n in shape], "classes": int(classes)}
-        self.shape = tuple(self.config["shape"])  # type: ignore[arg-type]
+        self.shape = tuple(int(n) for n in shape)
+        self.config: dict[str, Any] = {"shape": list(self.shape), "classes": int(classes)}
         channels, height, width = self.shape
         small = min(height, width) < 16
         self.dimension = 32 if small else 64
@@ -49,8 +49,9 @@ class FeatureNet(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for out, stride in zip(widths, strides):
-                layers += [nn.Conv2d(channels, out, 3, stride, padding=1), nn.ReLU()]
-                nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore
+                conv = nn.Conv2d(channels, out, 3, stride, padding=1)
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                layers += [conv, nn.ReLU()]
                 channels = out
             self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
             self.neck = nn.Linear(channels * 16, self.dimension)
@@ -123,7 +124,7 @@ def standardise(net: FeatureNet, data: LabelledImages) -> None:
     features = torch.cat([net(data.batch(part)) for part in _parts(len(data))]).double()
     scale = (features - features.mean(0)).square().mean().sqrt()
     net.centre.copy_(features.mean(0))
-    net.scale.copy_(scale if scale > 0 else 1.0)
+    net.scale.copy_(scale if scale > 0 else torch.ones_like(scale))
 
 
 @torch.no_grad()

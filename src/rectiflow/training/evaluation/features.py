@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from rectiflow import errors, files
 from rectiflow.training.evaluation.feature_net import FeatureNet, fit, standardise
 from rectiflow.training.evaluation.inception import Inception
+from rectiflow.training.evaluation.labelled_images import LabelledImages
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,22 +24,6 @@ if TYPE_CHECKING:
 VERSION = 1  # of the training settings: a change here retrains every cached net
 KINDS = ("auto", "classifier", "random", "inception:PATH")
 Progress = Callable[[int, int], None]
-
-
-class LabelledImages(Protocol):
-    """What is needed of a data set."""
-
-    name: str
-    slug: str
-    images: np.ndarray
-    labels: np.ndarray | None
-    classes: tuple[str, ...]
-
-    def batch(self, indices: np.ndarray) -> Tensor:
-        """Images as floats in [-1, 1]."""
-        ...
-
-    def __len__(self) -> int: ...
 
 
 class Features:
@@ -186,8 +171,11 @@ def _write(folder: Path, features: Features) -> None:
     from safetensors.torch import save_file
 
     net = features.net
+    assert isinstance(net, FeatureNet)
     with files.atomic_folder(folder) as temporary:
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary / "net.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in net.state_dict().items()}, temporary / "net.safetensors"
+        )
         record = {
             "name": features.name,
             "accuracy": features.accuracy,

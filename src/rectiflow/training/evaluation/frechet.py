@@ -130,7 +130,7 @@ class MomentAccumulator:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Fréchet (2-Wasserstein) distance between two Gaussians with these moments.
 
-    `|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr (C_a^{1/2} C_b C_a^{1/2})^{1/2}`: the number called FID
+    `|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr (C_a^{1/2} C_b C_a^{1/2})^{1/2}`: called FID
     when the features are Inception's. The last trace is the sum of the singular values of
     `C_a^{1/2} C_b^{1/2}`, which equals it and, unlike a square root of tiny eigenvalues, keeps full
     precision for singular covariances (constant pixels, fewer samples than dimensions). The
