@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "info": Command("what a model folder is and how it was made", "rectiflow.cli.info"),
     "export": Command("write a sampler as ONNX or torch.export program", "rectiflow.cli.export"),
-    "list": Command("the 41 systems and their recipes", "rectiflow.cli.list"),
+    "list": Command("the 41 systems and their recipes", "rectiflow.cli.listing"),
     "run": Command("run a recipe: a paper's claim against measurement", "rectiflow.cli.run"),
     "cite": Command("the papers that a run used", "rectiflow.cli.cite"),
     "doctor": Command("check environment, extras and devices", "rectiflow.cli.doctor"),

@@ -25,7 +25,7 @@ def to_bytes(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
 
 def tile(
     images: Float[Tensor, "b c h w"], *, columns: int | None = None, scale: int = 1, gap: int = 1
-) -> UInt8[Tensor, "h w 3"]:
+) -> UInt8[Tensor, "rows columns 3"]:
     """Images side by side as one picture, row by row.
 
     Args:
