@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import tomllib
 import types
 import typing
@@ -35,8 +37,8 @@ def parse(
         defaults: settings to start from; `kind()` by default, if every field has a default.
 
     Raises:
-        ValueError: a wrong file or value; the message says which.
-        SystemExit: after `--help`, or with status 2 after a wrong flag (tyro prints the line).
+        ValueError: a wrong file, flag or value; the message says which.
+        SystemExit: after `--help`.
     """
     require("app", "tyro")
     import tyro
@@ -45,13 +47,44 @@ def parse(
     if file is not None:
         defaults = from_toml(kind, file, defaults)
     options: dict[str, Any] = {} if defaults is None else {"default": defaults}
-    return tyro.cli(
-        kind,
-        args=words,
-        prog=f"rectiflow {command}",
-        description=f"{summary}\n\nAlso: --config FILE.toml with the same names; --debug.",
-        **options,
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=words,
+                prog=f"rectiflow {command}",
+                description=f"{summary}\n\nAlso: --config FILE.toml with the same names; --debug.",
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_reason(stop) or _unboxed(complaint.getvalue())) from None
+
+
+def _reason(stop: BaseException) -> str:
+    """The message of the ValueError that a settings class raised, if that is what ended parsing."""
+    error: BaseException | None = stop
+    while error is not None:
+        if type(error) is ValueError and _raised_in(error).startswith("rectiflow."):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module in which an error was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box, as one line."""
+    lines = (line.strip("│╰╯─ ") for line in text.splitlines() if not line.startswith("╭"))
+    return " ".join(line for line in lines if line)
 
 
 def _config_file(words: list[str]) -> tuple[list[str], Path | None]:
