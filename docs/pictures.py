@@ -75,15 +75,14 @@ def paths() -> plt.Figure:
         line = path.interpolate(source.expand(101, 2), target.expand(101, 2), t)
         left.plot(*line.T, color=colour, label=label)
         left.plot(*line[::20].T, ".", color=colour)
-        right.plot(t, path.alpha(t), color=colour, label=f"alpha, {label}")
-        right.plot(t, path.sigma(t), "--", color=colour, label=f"sigma, {label}")
+        right.plot(t, path.alpha(t), color=colour)
+        right.plot(t, path.sigma(t), "--", color=colour)
     left.plot(*source.T, "o", color=SOURCE, label="source, t = 0")
     left.plot(*target.T, "s", color=TARGET, label="target, t = 1")
     square(left, "one pair, a dot every 0.2")
-    right.set(xlabel="time t", ylabel="coefficient", title="x(t) = alpha target + sigma source")
+    right.set(xlabel="time t", ylabel="coefficient", title="alpha (solid) and sigma (dashed)")
     right.title.set_fontsize(10)
     left.legend(fontsize=7, loc="lower left")
-    right.legend(fontsize=6, loc="center left")
     return figure
 
 
