@@ -124,9 +124,9 @@ def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{key} in {where} must be a table, got {value!r}")
-            inner = values.get(name)
-            if inner is None and fields[name].default_factory is not dataclasses.MISSING:
-                inner = fields[name].default_factory()  # type: ignore[misc]
+            inner, factory = values.get(name), fields[name].default_factory
+            if inner is None and callable(factory):
+                inner = factory()
             values[name] = _fill(hint, value, inner, f"{where} [{key}]")
         else:
             values[name] = _value(key, value, hint, where)

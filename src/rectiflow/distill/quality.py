@@ -182,7 +182,16 @@ def _judge(
     ]
     if reasons:
         reasons[-1] += ", so take more steps or solver='dopri5'"
-    return PairQuality(*found.values(), finite, not reasons, tuple(reasons))
+    return PairQuality(
+        found["round_trip"],
+        found["difference"],
+        found["mean"],
+        found["std"],
+        found["frechet"],
+        finite=finite,
+        accepted=not reasons,
+        reasons=tuple(reasons),
+    )
 
 
 def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> float:

@@ -218,12 +218,12 @@ def _score(
     found: Tensor, images: Tensor, judge: FeatureNet, data: ImageData, settings: Settings
 ) -> Transferred:
     labels = torch.cat([judge.logits(part.clamp(-1, 1)).argmax(1) for part in found.split(256)])
-    shares = [
+    reached, left = (
         float((labels == data.classes.index(name)).double().mean())
         for name in (settings.target, settings.source)
-    ]
+    )
     moved = transport_cost(images, found)
-    return Transferred(found, *shares, moved, moved / _shuffled_cost(images, found))
+    return Transferred(found, reached, left, moved, moved / _shuffled_cost(images, found))
 
 
 def _shuffled_cost(images: Tensor, found: Tensor) -> float:

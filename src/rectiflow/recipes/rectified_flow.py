@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def _numbers(
     for steps in settings.steps:
         shown = models if steps == settings.steps[0] else flows
         title = f"{distance}, {steps} step{'s' if steps > 1 else ''}"
-        found += numbers(shown, {title: lambda s, n=steps: s.distance[n]})
+        found += numbers(shown, {title: partial(_distance_in, steps)})
     arms = {
         f"{flow}, {name} path": [pair[index] for pair in pairs]
         for name, pairs in plane.items()
@@ -263,6 +264,10 @@ def _numbers(
     straight = {arm: found for arm, found in arms.items() if arm.endswith("straight path")}
     gap = "ring: |fall of the cost - (S + V)|, as a part of the cost before"
     return [*found, *numbers(arms, measures), *numbers(straight, {gap: lambda s: s.gap})]
+
+
+def _distance_in(steps: int, scored: Scored) -> float:
+    return scored.distance[steps]
 
 
 def _checks(

@@ -36,13 +36,11 @@ class Phase:
 
 
 class Method(Protocol):
-    """What a trainer can train.
+    """What a trainer can train."""
 
-    Attributes:
-        model: the model that training makes, averaged over steps.
-    """
-
-    model: FlowModel
+    @property
+    def model(self) -> FlowModel:
+        """The model that training makes, averaged over steps."""
 
     def phases(self) -> Sequence[Phase]:
         """The phases, in the order in which a step runs them."""

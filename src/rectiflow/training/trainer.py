@@ -150,7 +150,8 @@ class Trainer:
         settings = self.settings
         if resume and self.folder is not None:
             self._resume()
-        log = MetricsLog(self.folder / "metrics.jsonl" if self._writes else None, self.step)
+        path = self.folder / "metrics.jsonl" if self.folder is not None else None
+        log = MetricsLog(path if self._writes else None, self.step)
         self.accelerator.init_trackers("rectiflow", config=_flat(asdict(settings)))
         for phase in self.phases:
             phase.module.train()

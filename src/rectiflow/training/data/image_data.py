@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    Indices = Int[Tensor, " b"] | np.ndarray | Sequence[int]
+    Indices: TypeAlias = Int[Tensor, " b"] | np.ndarray | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
