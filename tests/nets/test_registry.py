@@ -61,8 +61,8 @@ def test_users_can_register(monkeypatch):
         nets.register("line", Line)
     with pytest.raises(ValueError, match="a net named 'unet-s' exists"):
         nets.register("unet-s", Line)
-    nets.register("line", lambda **config: config["slope"], replace=True)
-    assert nets.build("line", slope=3.0, anything=1) == 3.0
+    nets.register("line", lambda **config: Line(slope=config["slope"] + 1), replace=True)
+    assert nets.build("line", slope=3.0, anything=1).config == {"slope": 4.0}
 
 
 def test_listing_names_loads_no_torch():

@@ -45,7 +45,7 @@ def encode(
     Example:
         >>> from rectiflow.flows import FlowModel
         >>> model = FlowModel(lambda x, t: torch.ones_like(x))
-        >>> encode(model, torch.ones(1, 2))
+        >>> encode(model, torch.ones(1, 2), steps=4)
         tensor([[0., 0.]])
 
     Source: arXiv 2209.03003, section 2.1 (the flow reversed) and 5.3 (image editing).
@@ -145,7 +145,7 @@ def vary(
     Example:
         >>> from rectiflow.flows import FlowModel
         >>> model = FlowModel(lambda x, t: torch.ones_like(x))
-        >>> vary(model, torch.full((1, 2), 3.0), keep=0.5)
+        >>> vary(model, torch.full((1, 2), 3.0), keep=0.5, steps=4)
         tensor([[2., 2.]])
 
     Source: arXiv 2209.03003, section 5.3 (image editing).

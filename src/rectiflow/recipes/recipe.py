@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,14 +238,19 @@ def as_table(result: Result, settings: Any, run: Run, preset: str) -> dict[str, 
             {
                 "quantity": n.quantity,
                 "arm": n.arm,
-                "mean": n.mean,
-                "spread": n.spread,
-                "values": list(n.values),
+                "mean": _finite(n.mean),
+                "spread": _finite(n.spread),
+                "values": [_finite(value) for value in n.values],
             }
             for n in result.numbers
         ],
         "checks": [
-            {"name": c.name, "rule": c.rule, "values": list(c.values), "state": c.state}
+            {
+                "name": c.name,
+                "rule": c.rule,
+                "values": [_finite(value) for value in c.values],
+                "state": c.state,
+            }
             for c in result.checks
         ],
         "notes": list(result.notes),
@@ -252,3 +258,8 @@ def as_table(result: Result, settings: Any, run: Run, preset: str) -> dict[str, 
         "device": run.record["environment"]["device"],
         "environment": run.record["environment"],
     }
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

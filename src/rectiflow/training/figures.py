@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48")
 
 
-def to_bytes(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
+def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Images in [-1, 1] as bytes; values outside are clipped."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 

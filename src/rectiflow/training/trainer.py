@@ -182,7 +182,9 @@ class Trainer:
                 if stop and not last:
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
                 progress.update(self.step, **numbers)
-        self.accelerator.end_training()
+        # Not `end_training`, which would take the process group from whatever comes next.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         self.method.model.eval()
         return self.result()
 
@@ -326,7 +328,12 @@ class Trainer:
 
     def _make_accelerator(self) -> Any:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        state = AcceleratorState._shared_state
+        if state and state["_mixed_precision"] != self.settings.precision:
+            # Accelerate keeps the precision of a process's first training for all others.
+            AcceleratorState._reset_state()
         tracked = self.settings.tracker != "none" and self.folder is not None
         return Accelerator(
             mixed_precision=self.settings.precision,
