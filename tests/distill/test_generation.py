@@ -127,7 +127,7 @@ def test_a_guided_field_is_followed_and_noted(model, tmp_path):
         def __init__(self):
             self.scale = 2.0
 
-        def velocity(self, x, t):
+        def __call__(self, x, t):
             return 0 * x + self.scale
 
     store = generate_pairs(model, tmp_path, 40, steps=4, field=Faster())
