@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.oracles import vectors as oracle
 
 from rectiflow import vectors
-
-_spec = importlib.util.spec_from_file_location(
-    "vector_loops", Path(__file__).parents[1] / "oracles" / "vectors.py"
-)
-oracle = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracle)
 
 SHAPE = (3, 2, 4, 4)
 
