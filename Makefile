@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test check bench evidence docs clean help
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 on the path: install Python 3.11"; exit 1; }
@@ -35,6 +35,14 @@ check: $(STAMP) ## lint, format, types, layers and the documentation build
 bench: $(STAMP) ## side-by-side measurements against peers
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
+
+evidence: $(STAMP) ## run every built recipe and keep its result in results/
+	@mkdir -p results
+	@for slug in rectified-flow domain-transfer; do \
+	  $(BIN)/rectiflow run $$slug --out build/evidence/$$slug --overwrite; \
+	  test $$? -le 1 || exit 2; \
+	  cp build/evidence/$$slug/result.json results/$$slug.json; \
+	done
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
