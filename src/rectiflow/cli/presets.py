@@ -37,14 +37,16 @@ def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
         return ChainSettings(
             net=net,
             flow=stage(4000, 1e-3, 128),
-            pairs=PairSettings(count=20_000, steps=50, batch_size=1000),
+            pairs=PairSettings(count=20_000, solver="heun", steps=40, straight_steps=10),
             reflow=stage(3000, 5e-4, 128),
             distil=stage(2000, 3e-4, 128),
         )
     return ChainSettings(
         net=net,
         flow=stage(5000, 1e-3, 64),
-        pairs=PairSettings(count=10_000, steps=50, batch_size=500),
+        pairs=PairSettings(
+            count=10_000, solver="heun", steps=25, straight_steps=10, batch_size=500
+        ),
         reflow=stage(3000, 5e-4, 64),
         distil=stage(2000, 3e-4, 64),
     )
