@@ -219,7 +219,7 @@ def test_interrupt_saves_and_reports(tmp_path):
             print(stop)
             sys.exit(130)
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 130, done.stderr
     assert "stopped at step 4" in done.stdout
     assert checkpoints.read_newest(tmp_path / "checkpoints")["step"] == 4
