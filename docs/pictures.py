@@ -103,7 +103,7 @@ def reflow() -> plt.Figure:
         axis.plot(*lines[0].T, ".", color=SOURCE, markersize=4, label="source")
         axis.plot(*lines[-1].T, ".", color=TARGET, markersize=4, label="where it arrives")
         square(axis, f"{title}\nS = {bend:.2f}, cost = {cost:.2f}")
-    axes[0].legend(fontsize=7, loc="upper left")
+    axes[0].legend(fontsize=7, loc="upper center")
     return figure
 
 
