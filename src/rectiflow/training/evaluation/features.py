@@ -115,8 +115,10 @@ def load_features(
         MissingExtraError: Inception without torch-fidelity.
 
     Example:
-        >>> load_features(train, test, cache="runs/cache").name  # doctest: +SKIP
-        'fd_digits'
+        >>> from rectiflow.training.data import load
+        >>> train, test = load("digits"), load("digits", split="test")
+        >>> load_features(train, test, kind="random").name
+        'fd_random_digits'
     """
     if kind.startswith("inception:"):
         return Features("fid", Inception(Path(kind.removeprefix("inception:"))), 2048)
