@@ -52,7 +52,8 @@ class ResidualBlock(nn.Module):
     pass over the activations per block.
 
     Args:
-        inputs, outputs: channels.
+        inputs: channels that come in.
+        outputs: channels that go out.
         embedding: length of the embedding e, to which the activation was already applied.
         dropout: probability while training.
         change: `"up"`, `"down"` or None.
