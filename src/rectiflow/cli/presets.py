@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
     """The stages of the demo for images of a shape: minutes on two cores, or seconds (quick)."""
-    from rectiflow.distill.chain import ChainSettings, PairSettings
+    from rectiflow.distill.chain import ChainSettings, TeacherSettings
     from rectiflow.nets import preset_for
     from rectiflow.training.optimizers import OptimizerSettings
     from rectiflow.training.trainer import TrainerSettings
@@ -28,7 +28,7 @@ def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
         return ChainSettings(
             net="mlp-2d",
             flow=stage(40, 1e-3, 64),
-            pairs=PairSettings(count=256, steps=20, batch_size=256),
+            pairs=TeacherSettings(count=256, steps=20, batch_size=256),
             reflow=stage(20, 5e-4, 64),
             distil=stage(20, 5e-4, 64),
         )
@@ -37,14 +37,14 @@ def chain_settings(shape: tuple[int, ...], preset: str) -> ChainSettings:
         return ChainSettings(
             net=net,
             flow=stage(4000, 1e-3, 128),
-            pairs=PairSettings(count=20_000, solver="heun", steps=40, straight_steps=10),
+            pairs=TeacherSettings(count=20_000, solver="heun", steps=40, straight_steps=10),
             reflow=stage(3000, 5e-4, 128),
             distil=stage(2000, 3e-4, 128),
         )
     return ChainSettings(
         net=net,
         flow=stage(5000, 1e-3, 64),
-        pairs=PairSettings(
+        pairs=TeacherSettings(
             count=10_000, solver="heun", steps=25, straight_steps=10, batch_size=500
         ),
         reflow=stage(3000, 5e-4, 64),

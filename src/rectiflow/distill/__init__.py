@@ -5,7 +5,7 @@ from rectiflow._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "chain": ("ChainSettings", "PairSettings", "make_one_step"),
+        "chain": ("ChainSettings", "TeacherSettings", "make_one_step"),
         "generation": ("generate_pairs",),
         "one_step": ("OneStepDistillation",),
         "quality": ("PairGate", "PairQuality", "check_pairs"),

@@ -28,8 +28,8 @@ from rectiflow.training.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
-class PairSettings:
-    """How pairs are made."""
+class TeacherSettings:
+    """How a teacher makes pairs in the chain."""
 
     count: int = 20_000
     """Pairs."""
@@ -55,7 +55,7 @@ class ChainSettings:
     """Network or size preset."""
     flow: TrainerSettings = field(default_factory=TrainerSettings)
     """The first flow, on independent pairs."""
-    pairs: PairSettings = field(default_factory=PairSettings)
+    pairs: TeacherSettings = field(default_factory=TeacherSettings)
     """Pairs for reflow and distillation."""
     reflow: TrainerSettings = field(default_factory=TrainerSettings)
     """Each round of reflow."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from rectiflow.errors import unknown
 from rectiflow.files import write_json
-from rectiflow.recipes.catalog import SYSTEMS
+from rectiflow.recipes.catalog import SYSTEMS, recipe_exists, recipe_module
 from rectiflow.training.report import Section, Table, cell, write_report
 from rectiflow.training.runs import Run, plain
 
@@ -171,10 +170,9 @@ def load_recipe(slug: str) -> Recipe:
     owners = {name: system for system in SYSTEMS for name in system.recipes}
     if slug not in owners:
         raise unknown("recipe", slug, owners)
-    module = f"rectiflow.recipes.{slug.replace('-', '_')}"
-    if importlib.util.find_spec(module) is None:
+    if not recipe_exists(slug):
         raise ValueError(f"recipe {slug!r} is planned, not built (rectiflow list shows which are)")
-    found = importlib.import_module(module)
+    found = importlib.import_module(recipe_module(slug))
     return Recipe(slug, owners[slug].slug, found.PRESETS, found.run)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rectiflow.distill.chain import ChainSettings, PairSettings, make_one_step
+from rectiflow.distill.chain import ChainSettings, TeacherSettings, make_one_step
 from rectiflow.distill.one_step import OneStepDistillation
 from rectiflow.files import cache_folder
 from rectiflow.flows.couplings import StoredPairs
@@ -67,7 +67,7 @@ class Settings:
     chain: ChainSettings = field(
         default_factory=lambda: ChainSettings(
             flow=stage(2500),
-            pairs=PairSettings(count=8000, steps=100),
+            pairs=TeacherSettings(count=8000, steps=100),
             reflow=stage(2500),
             distil=stage(1500),
         )
@@ -97,7 +97,7 @@ PRESETS = {
         net_options={"width": 32, "depth": 1, "time_features": 16},
         chain=ChainSettings(
             flow=stage(60, batch_size=64),
-            pairs=PairSettings(count=256, steps=20),
+            pairs=TeacherSettings(count=256, steps=20),
             reflow=stage(40, batch_size=64),
             distil=stage(20, batch_size=64),
         ),
@@ -124,7 +124,7 @@ PRESETS = {
         net_options={"dropout": 0.15},
         chain=ChainSettings(
             flow=_paper_stage(1_300_000, 0.999999),
-            pairs=PairSettings(count=1_000_000, solver="dopri5", steps=1, batch_size=500),
+            pairs=TeacherSettings(count=1_000_000, solver="dopri5", steps=1, batch_size=500),
             reflow=_paper_stage(300_000, 0.9999),
             distil=_paper_stage(300_000, 0.9999),
         ),

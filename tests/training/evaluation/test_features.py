@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rectiflow.errors import MissingExtraError
+from rectiflow.training.evaluation import feature_net
 from rectiflow.training.evaluation import features as module
 from rectiflow.training.evaluation.features import load_features
 from rectiflow.training.evaluation.frechet import Moments, frechet_distance
@@ -103,7 +104,8 @@ def test_a_damaged_cache_is_replaced(tmp_path, damage):
     assert weights.read_bytes() == whole
 
 
-def test_training_is_deterministic_under_a_seed():
+def test_training_is_deterministic_under_a_seed(monkeypatch):
+    monkeypatch.setattr(feature_net, "STEPS", 20)
     train, test = Digits(FEW), Digits(slice(200, 300))
     steps = []
     first, second, other = (

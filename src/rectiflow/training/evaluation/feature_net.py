@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from rectiflow.training.evaluation.labelled_images import LabelledImages
 
+STEPS = 450
+"""Training steps at least; three epochs where that is more."""
+
 
 class FeatureNet(nn.Module):
     """A convolutional classifier: images to feature vectors, and those to logits.
@@ -78,7 +81,7 @@ def fit(
 ) -> float:
     """Train the classifier on labelled images and return its test accuracy.
 
-    Adam on a one-cycle schedule: about 450 steps of 128 images, or three epochs if that is more.
+    Adam on a one-cycle schedule, `STEPS` batches of 128 images or three epochs if that is more.
 
     Args:
         net: trained in place, left in evaluation mode.
@@ -96,7 +99,7 @@ def fit(
     labels = torch.as_tensor(np.asarray(train.labels), dtype=torch.int64)
     size = min(128, len(train))
     per_epoch = len(train) // size
-    epochs = max(3, -(-450 // per_epoch))
+    epochs = max(3, -(-STEPS // per_epoch))
     total = epochs * per_epoch
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
