@@ -22,6 +22,8 @@ __getattr__, __dir__, __all__ = attach(
             "VariancePreservingPath",
         ),
         "sampling": ("sample",),
+        "snr_times": ("CosMap", "LogitNormal", "Mode", "from_diffusers_args"),
+        "time_shift": ("TimeShift", "resolution_shift", "shift_times", "shifted_times"),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
         "pair_store": ("PairStore",),
