@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -24,9 +23,9 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def networks(**options: object) -> tuple[MMDiT, nn.Module]:
-    """Ours and theirs with the same weights, none of them zero."""
-    net = MMDiT(
+def networks(**options: object) -> Calls:
+    """Ours and theirs with the same weights, none of them zero, and calls on the same inputs."""
+    ours = MMDiT(
         shape=(16, 32, 32),
         depth=6,
         heads=4,
@@ -36,9 +35,15 @@ def networks(**options: object) -> tuple[MMDiT, nn.Module]:
         **options,
     )
     with torch.no_grad():
-        for p in net.parameters():
+        for p in ours.parameters():
             p.add_(0.02 * torch.randn(p.shape))
-    return net, copy.deepcopy(sd3.to_diffusers(net))
+    theirs = sd3.to_diffusers(ours)
+    x, t = torch.randn(BATCH, 16, 32, 32), torch.rand(BATCH)
+    context, pooled = torch.randn(BATCH, TOKENS, 512), torch.randn(BATCH, 256)
+    return {
+        OURS: (ours, lambda: ours(x, t, context=context, pooled=pooled)),
+        THEIRS: (theirs, lambda: theirs(x, context, pooled, 1000 * (1 - t), return_dict=False)[0]),
+    }
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -69,16 +74,7 @@ def main() -> bool:
         return True
     rows = []
     for kind, options in KINDS.items():
-        ours, theirs = networks(**options)
-        x, t = torch.randn(BATCH, 16, 32, 32), torch.rand(BATCH)
-        context, pooled = torch.randn(BATCH, TOKENS, 512), torch.randn(BATCH, 256)
-        calls: Calls = {
-            OURS: (ours, lambda: ours(x, t, context=context, pooled=pooled)),
-            THEIRS: (
-                theirs,
-                lambda: -theirs(x, context, pooled, 1000 * (1 - t), return_dict=False)[0],
-            ),
-        }
+        calls = networks(**options)
         rows += [*compare(kind, "forward", forward(calls)), *compare(kind, "step", step(calls))]
     packages = ("torch", "diffusers")
     return harness.report("mmdit", __doc__ or "", rows, packages=packages)

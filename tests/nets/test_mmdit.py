@@ -9,7 +9,7 @@ from tests.oracles.joint_attention import joint_block
 
 from rectiflow.flows import ClassifierFree, FlowModel, SkipLayers, TimeShift, integrate
 from rectiflow.flows.couplings import Draw, Independent, TensorData
-from rectiflow.nets import MMDiT, build, sizes
+from rectiflow.nets import MMDiT, build
 from rectiflow.nets.joint_blocks import JointBlock, Projections
 from rectiflow.nets.mmdit import _cut, _join
 from rectiflow.training import FlowMatching
@@ -275,10 +275,3 @@ def test_check_names_what_is_wrong_with_a_condition():
         net.check(x, caption=x)
     with pytest.raises(ValueError, match="multiples of 2 up to 8"):
         net.check(torch.zeros(1, 2, 10, 10))
-
-
-def test_the_paper_sizes_follow_its_rule():
-    with torch.device("meta"):
-        net = build("mmdit-8b", shape=sizes["mmdit-8b"].shape)
-    assert net.modulation.in_features == 64 * 38
-    assert net.config["qk_norm"] == "rms"

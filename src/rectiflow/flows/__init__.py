@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         ),
         "sampling": ("sample",),
         "snr_times": ("CosMap", "LogitNormal", "Mode", "from_diffusers_args"),
+        "text_dropout": ("SD3_ENCODERS", "EncoderDropout", "EncoderPart"),
         "time_shift": ("TimeShift", "resolution_shift", "shift_times", "shifted_times"),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),

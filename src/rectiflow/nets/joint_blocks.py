@@ -83,7 +83,7 @@ class Projections(nn.Module):
 
     @staticmethod
     def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else F.rms_norm(x, x.shape[-1:], weight, EPS)
+        return x if weight is None else F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
 
 
 class Stream(nn.Module):
