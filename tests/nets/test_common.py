@@ -12,6 +12,14 @@ from rectiflow.nets.registry import NETS
 
 SMALL = {
     "mlp": {"shape": (1, 8, 8), "width": 16, "depth": 2, "time_features": 8},
+    "mmdit": {
+        "shape": (1, 8, 8),
+        "depth": 3,
+        "heads": 2,
+        "head_dim": 8,
+        "qk_norm": "rms",
+        "dual_layers": (0,),
+    },
     "unet": {
         "shape": (1, 8, 8),
         "width": 8,

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "adaptive": ("DormandPrince",),
         "compiled": ("CompiledSampler",),
         "fields": ("Counted", "Field", "FlowModel"),
+        "guidance": ("ClassifierFree", "SkipLayers"),
         "integration": ("Step", "Trajectory", "integrate", "uniform_times"),
         "paths": (
             "ConstantSpeedVPPath",
@@ -21,6 +22,9 @@ __getattr__, __dir__, __all__ = attach(
             "VariancePreservingPath",
         ),
         "sampling": ("sample",),
+        "snr_times": ("CosMap", "LogitNormal", "Mode", "from_diffusers_args"),
+        "text_dropout": ("SD3_ENCODERS", "EncoderDropout", "EncoderPart"),
+        "time_shift": ("TimeShift", "resolution_shift", "shift_times", "shifted_times"),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
         "pair_store": ("PairStore",),

@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = attach(
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),
         "mlp": ("MLP",),
+        "mmdit": ("MMDiT",),
+        "joint_blocks": ("JointBlock",),
         "unet": ("UNet",),
     },
 )

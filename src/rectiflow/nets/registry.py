@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NETS: dict[str, tuple[str, str]] = {
     "mlp": ("rectiflow.nets.mlp", "MLP"),
+    "mmdit": ("rectiflow.nets.mmdit", "MMDiT"),
     "unet": ("rectiflow.nets.unet", "UNet"),
 }
 
@@ -40,6 +41,11 @@ class Size:
 
 _SMALL = {"blocks": 1, "attention": (), "dropout": 0.0}
 _IMAGES = (1, 28, 28)
+_TEXT = {"context_dim": 4096, "pooled_dim": 2048}
+_LATENTS = (16, 128, 128)
+# The released tables hold 192 (384) positions at a third (sixth) of the distance: 64 patches span
+# what 192 (384) would.
+_POSITIONS = {"max_size": 192, "position_scale": 64 / 192}
 
 sizes: dict[str, Size] = {
     "mlp-2d": Size("mlp", {"width": 64, "depth": 2}, (2,), 29_314, "points in the plane"),
@@ -79,6 +85,37 @@ sizes: dict[str, Size] = {
         (3, 256, 256),
         65_462_915,
         "256x256, the paper's",
+    ),
+    "mmdit-digits": Size(
+        "mmdit", {"depth": 3, "heads": 4, "head_dim": 16}, (1, 8, 8), 423_812, "8x8 digits"
+    ),
+    "mmdit-2b": Size(
+        "mmdit",
+        {"depth": 24, **_TEXT, **_POSITIONS},
+        _LATENTS,
+        2_028_328_000,
+        "latents of 1024x1024, Stable Diffusion 3 Medium",
+    ),
+    "mmdit-8b": Size(
+        "mmdit",
+        {"depth": 38, "qk_norm": "rms", **_TEXT, **_POSITIONS},
+        _LATENTS,
+        8_056_627_456,
+        "latents of 1024x1024, Stable Diffusion 3.5 Large",
+    ),
+    "sd3.5-medium": Size(
+        "mmdit",
+        {
+            "depth": 24,
+            "qk_norm": "rms",
+            "dual_layers": tuple(range(13)),
+            "max_size": 384,
+            "position_scale": 64 / 384,
+            **_TEXT,
+        },
+        _LATENTS,
+        2_243_171_456,
+        "latents of 1024x1024, Stable Diffusion 3.5 Medium",
     ),
 }
 

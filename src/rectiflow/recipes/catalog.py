@@ -127,8 +127,8 @@ SYSTEMS: tuple[System, ...] = (
          "Reflow any diffusion model in its own form, whole or in a few phases."),
     _row(3, "sd3-mmdit", "2403.03206",
          "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
-         "flows.times.LogitNormal flows.times.Mode flows.times.CosMap flows.times.shift_times "
-         "nets.MMDiT",
+         "flows.LogitNormal flows.Mode flows.CosMap flows.TimeShift flows.shift_times "
+         "flows.SkipLayers nets.MMDiT interop.sd3.from_checkpoint",
          "Time samplers for training flows and the two-stream transformer of Stable Diffusion 3."),
     _row(4, "rfpp", "2405.20320",
          "Improving the Training of Rectified Flows",
