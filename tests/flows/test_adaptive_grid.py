@@ -32,16 +32,16 @@ def source(count=8):
 
 def test_times_are_those_of_the_known_density():
     # |dv/dt| = rate² exp(-rate t), so the density is exp(-rate t / 2) up to scale.
-    times = adaptive_times(model(), 5, source=source(), fine=2000, uniform=0.0)
+    times = adaptive_times(model(), 5, source=source(), fine=400, uniform=0.0)
     total = 1 - math.exp(-6.0)
     wanted = [-math.log(1 - i / 5 * total) / 6 for i in range(5)] + [1.0]
-    # Cells of 1/2000 shift a cut by less than one cell.
-    assert times == pytest.approx(wanted, abs=5e-4)
+    # Cells of 1/400 shift a cut by less than one cell.
+    assert times == pytest.approx(wanted, abs=2.5e-3)
 
 
 def test_it_beats_equal_steps_at_the_same_number():
     exact = source() + 1 - math.exp(-12.0)
-    for steps in (4, 8, 16):
+    for steps in (4, 16):
         times = adaptive_times(model(), steps, source=source())
         fitted = (integrate(model(), source(), times) - exact).abs().max()
         equal = (integrate(model(), source(), steps) - exact).abs().max()
@@ -49,7 +49,7 @@ def test_it_beats_equal_steps_at_the_same_number():
 
 
 def test_local_errors_are_equal():
-    times = adaptive_times(model(), 8, source=source(), fine=4000, uniform=0.0)
+    times = adaptive_times(model(), 8, source=source(), fine=400, uniform=0.0)
 
     def value(t):
         return -math.exp(-12 * t)
@@ -68,12 +68,12 @@ def test_straight_flows_get_equal_steps():
 
 
 def test_density_does_not_depend_on_the_time_scale_of_the_measurement():
-    coarse, fine = (error_density(model(3.0), source(), n) for n in (50, 400))
+    coarse, fine = (error_density(model(3.0), source(), n) for n in (50, 200))
     assert coarse.mean().item() == pytest.approx(fine.mean().item(), rel=0.02)
 
 
 def test_times_rise_from_zero_to_one():
-    for steps in (1, 2, 50, 300):
+    for steps in (1, 2, 150):
         times = adaptive_times(model(), steps, source=source())
         assert len(times) == steps + 1
         assert (times[0], times[-1]) == (0.0, 1.0)

@@ -32,7 +32,7 @@ def seed(uniform=10.0, shaped=8.0, logit=24.0, after=(4.0, 1.0, 4.0), before=(1.
 
     return Seed(
         teacher=1.0,
-        arms={name: Scored(value, 1.0, 1.0, 1.0, 0.1) for name, value in distances.items()},
+        arms={name: Scored(value, 1.0, 1.0, 1.0, 1.0, 0.1) for name, value in distances.items()},
         report=Straightening(made(before), made(after)),
         crossing=CrossingRisk(0.5, 1.0, 2.0, 0.0, 0.5, 0.0, 10),
         grids={},

@@ -63,8 +63,8 @@ class DiffusionVelocity(nn.Module):
 
     Example:
         >>> net = DiffusionVelocity(net="mlp", options={"shape": [2], "width": 8, "depth": 1})
-        >>> net(torch.ones(1, 2), torch.tensor([0.8])).tolist()  # the network outputs 0
-        [[0.0, 0.0]]
+        >>> net(torch.ones(1, 2), torch.zeros(1)).tolist()  # toward the mean 0 of the data
+        [[-1.0, -1.0]]
 
     Source: arXiv 2405.20320, proposition 1, in a form that does not cancel; arXiv 2206.00364,
         table 1 (clocks and preconditioning).

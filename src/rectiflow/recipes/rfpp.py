@@ -239,7 +239,8 @@ def _score(model: FlowModel, evaluator: Evaluator, fresh: PairStore) -> Scored:
     return Scored(
         one=one.fd,
         two=made(2).fd,
-        again=made(2, "reinterpolate").fd,
+        four=made(4).fd,
+        again=made(4, "reinterpolate").fd,
         pixels=one.fd_pixels if one.fd_pixels is not None else float("nan"),
         missed=float((reached.cpu() - target).square().mean()),
     )
