@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -101,7 +102,7 @@ class Trap:
     """Would run code when unpickled."""
 
     def __reduce__(self):
-        return (pytest.fail, ("a pickle was executed",))
+        return (exec, ("raise SystemExit('a pickle was executed')",))
 
 
 def test_pickles_are_refused_and_never_run(tmp_path):
@@ -134,24 +135,25 @@ def test_bad_files_give_one_sentence(tmp_path):
 
 
 def test_edm_training_then_reflow(tmp_path):
-    # Two points at ±1 in each dimension: a denoiser learns them, its flow samples them.
+    # Correlated normal data: a denoiser that knows only the scale would draw them independent.
     generator = torch.Generator().manual_seed(0)
-    data = torch.randint(2, (512, 2), generator=generator) * 2.0 - 1
+    data = torch.randn(1024, 2, generator=generator) @ torch.tensor([[1.0, 0.9], [0.0, 0.44]])
     start = from_edm(small(), shape=(2,), sigma_data=1.0)
     settings = TrainerSettings(
-        steps=300, batch_size=256, ema=0.98, optim=OptimizerSettings(learning_rate=3e-3)
+        steps=200, batch_size=256, ema=0.98, optim=OptimizerSettings(learning_rate=3e-3)
     )
+    untrained = copy.deepcopy(start)
     model = Trainer(Denoising(start, data), settings).fit()
     z = torch.randn(400, 2, generator=generator)
     found = sample(model, source=z)
-    # The nearest point is (±1, ±1); an untrained flow ends at 0.5 from it on average.
-    assert (found.abs() - 1).abs().mean() < 0.2
+    before, after = (torch.corrcoef(x.T)[0, 1] for x in (sample(untrained, source=z), found))
+    assert after > max(0.6, before + 0.3)
     store = generate_pairs(model, tmp_path, 512, solver="heun", steps=edm_times(18), gate=None)
     again = Trainer(Reflow(model, StoredPairs(store)), settings).fit()
     again.save_pretrained(tmp_path / "model")
     read = FlowModel.from_pretrained(tmp_path / "model")
-    one = integrate(read, z, 1)
-    first = integrate(model, z, 1)
+    with torch.no_grad():
+        one, first = (integrate(field, z, 1) for field in (read, model))
     assert (one - found).square().mean() < 0.5 * (first - found).square().mean()
 
 

@@ -14,6 +14,7 @@ from rectiflow.distill.generation import (
     _claim,
     _finish,
     _rows_digest,
+    _sweep,
     _whole,
     describe_field,
 )
@@ -86,6 +87,7 @@ def invert_pairs(
     settings = _settings(model, data, count, shard_size, seed, solver, times, field)
     maker = _Inverter(model, data, settings, solver, times, noise, batch_size, field)
     _claim(folder, settings, overwrite)
+    _sweep(folder, range(settings.shards), everything=True)
     done = 0
     for shard in range(settings.shards):
         rows = settings.rows_of(shard)

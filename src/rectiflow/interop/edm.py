@@ -191,8 +191,8 @@ def load_weights(net: nn.Module, file: str | FilePath) -> None:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelFolderError(
-            f"{file} holds more than tensors, which can run code when read and is refused: save "
-            "the network's state_dict() alone"
+            f"{file} is damaged or holds more than tensors, which can run code when read and is "
+            "refused: save the network's state_dict() alone"
         ) from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
