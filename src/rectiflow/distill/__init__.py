@@ -6,9 +6,12 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "chain": ("ChainSettings", "TeacherSettings", "make_one_step"),
+        "crossing": ("CrossingRisk", "crossing_risk"),
         "generation": ("generate_pairs",),
+        "inversion": ("invert_pairs",),
         "one_step": ("OneStepDistillation",),
         "quality": ("PairGate", "PairQuality", "check_pairs"),
         "reflow": ("Reflow",),
+        "straightening": ("Profile", "Straightening", "profile"),
     },
 )

@@ -50,7 +50,8 @@ class PairSettings:
         dtype: how targets are stored; sources are float32.
         seed: seed of the noises and of the order of conditions.
         store: "noise" when sources are stored, "seed" when they are drawn anew.
-        source: "normal" for noise, "data" for samples of a data set.
+        source: "normal" for noise, "data" for samples of a data set, "inverted" for the noises that
+            a flow assigns to given targets.
         solver: name and parameters of the solver.
         times: number of steps, or the grid of times.
         path: configuration of the teacher's path.
@@ -277,7 +278,7 @@ def _probe(source: Tensor) -> list[float]:
 def describe_solver(solver: Any) -> dict[str, Any]:
     """Name and parameters of a solver, as plain values."""
     solver = solvers.resolve(solver)
-    for name in ("euler", "heun", "midpoint", "rk4"):
+    for name in ("euler", "heun", "midpoint", "reinterpolate", "reinterpolate-heun", "rk4"):
         if solver == solvers.resolve(name):
             return {"name": name}
     if not is_dataclass(solver) or isinstance(solver, type):

@@ -118,7 +118,16 @@ RK4 = RungeKutta(
 
 def names() -> list[str]:
     """The solvers that can be asked for by name."""
-    return ["dopri5", "euler", "heun", "midpoint", "rk4", "sde"]
+    return [
+        "dopri5",
+        "euler",
+        "heun",
+        "midpoint",
+        "reinterpolate",
+        "reinterpolate-heun",
+        "rk4",
+        "sde",
+    ]
 
 
 def resolve(solver: Any) -> Any:
@@ -144,4 +153,8 @@ def resolve(solver: Any) -> Any:
         from rectiflow.flows.stochastic import StochasticEuler
 
         return StochasticEuler()
+    if solver in ("reinterpolate", "reinterpolate-heun"):
+        from rectiflow.flows.reinterpolation import Reinterpolation
+
+        return Reinterpolation(corrected=solver.endswith("heun"))
     raise unknown("solver", solver, names())

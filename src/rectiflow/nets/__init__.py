@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "base": ("Net",),
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),
+        "diffusion": ("DiffusionVelocity",),
         "mlp": ("MLP",),
         "mmdit": ("MMDiT",),
         "joint_blocks": ("JointBlock",),

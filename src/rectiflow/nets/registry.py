@@ -19,6 +19,11 @@ NETS: dict[str, tuple[str, str]] = {
     "unet": ("rectiflow.nets.unet", "UNet"),
 }
 
+# Networks around other networks: they have no shape of their own.
+WRAPPERS: dict[str, tuple[str, str]] = {
+    "diffusion": ("rectiflow.nets.diffusion", "DiffusionVelocity"),
+}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -123,13 +128,13 @@ _registered: dict[str, Callable[..., nn.Module]] = {}
 
 
 def names() -> list[str]:
-    """Every name that `build` accepts: nets, ready-made sizes, registered ones.
+    """Every name that `build` accepts: nets, wrappers, ready-made sizes, registered ones.
 
     Example:
         >>> "unet" in names() and "unet-s" in names()
         True
     """
-    return sorted({*NETS, *sizes, *_registered})
+    return sorted({*NETS, *WRAPPERS, *sizes, *_registered})
 
 
 def build(name: str, **config: Any) -> nn.Module:
@@ -189,9 +194,10 @@ def register(name: str, factory: Callable[..., nn.Module], *, replace: bool = Fa
 def _factory(name: str) -> Callable[..., nn.Module]:
     if name in _registered:
         return _registered[name]
-    if name not in NETS:
+    known = NETS | WRAPPERS
+    if name not in known:
         raise errors.unknown("net", name, names())
-    module, attribute = NETS[name]
+    module, attribute = known[name]
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "averaging": ("EMA",),
         "checkpoints": (),
         "data": ("ImageData",),
+        "denoising": ("Denoising",),
         "evaluation": ("Evaluator",),
         "flow_matching": ("FlowMatching",),
         "method": ("Method", "Phase"),

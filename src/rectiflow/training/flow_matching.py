@@ -12,6 +12,7 @@ from rectiflow.flows.couplings import Coupling, Draw, Pairs
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.premetrics import L2, Premetric, Regression
 from rectiflow.flows.times import TimeSampler, Uniform
+from rectiflow.flows.u_shaped import warn_if_independent
 from rectiflow.training.method import Phase
 
 
@@ -45,6 +46,7 @@ class FlowMatching:
     def __post_init__(self) -> None:
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must be in [0, 1], got {self.condition_dropout}")
+        warn_if_independent(self.times, self.coupling)
 
     def phases(self) -> list[Phase]:
         """The one phase."""
