@@ -6,9 +6,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "chain": ("ChainSettings", "TeacherSettings", "make_one_step"),
+        "consistency": ("ConsistencyDistillation",),
         "generation": ("generate_pairs",),
         "one_step": ("OneStepDistillation",),
         "quality": ("PairGate", "PairQuality", "check_pairs"),
+        "rectified_diffusion": ("PhasedRectifiedDiffusion", "RectifiedDiffusion"),
         "reflow": ("Reflow",),
     },
 )

@@ -7,8 +7,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "adaptive": ("DormandPrince",),
         "compiled": ("CompiledSampler",),
+        "data_premetrics": ("DataPseudoHuber", "NoiseL2"),
         "fields": ("Counted", "Field", "FlowModel"),
+        "first_order": ("FirstOrder", "first_order_jump"),
         "integration": ("Step", "Trajectory", "integrate", "uniform_times"),
+        "paired_gaussian": ("PairedGaussian",),
         "paths": (
             "ConstantSpeedVPPath",
             "CosinePath",
@@ -20,7 +23,9 @@ __getattr__, __dir__, __all__ = attach(
             "VarianceExplodingPath",
             "VariancePreservingPath",
         ),
+        "phased": ("PhasedPairs",),
         "sampling": ("sample",),
+        "schedules": ("SchedulePath",),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
         "pair_store": ("PairStore",),

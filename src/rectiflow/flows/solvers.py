@@ -118,7 +118,7 @@ RK4 = RungeKutta(
 
 def names() -> list[str]:
     """The solvers that can be asked for by name."""
-    return ["dopri5", "euler", "heun", "midpoint", "rk4", "sde"]
+    return ["dopri5", "euler", "first-order", "heun", "midpoint", "rk4", "sde"]
 
 
 def resolve(solver: Any) -> Any:
@@ -144,4 +144,8 @@ def resolve(solver: Any) -> Any:
         from rectiflow.flows.stochastic import StochasticEuler
 
         return StochasticEuler()
+    if solver == "first-order":
+        from rectiflow.flows.first_order import FirstOrder
+
+        return FirstOrder()
     raise unknown("solver", solver, names())
