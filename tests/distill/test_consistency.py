@@ -164,9 +164,9 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
 
 def test_training_brings_one_step_nearer():
     data = points(2000, seed=4) * torch.tensor([0.3, 1.5]) + 1
-    start = Trainer(FlowMatching(model_of(), Independent(data)), settings(150)).fit()
+    start = Trainer(FlowMatching(model_of(), Independent(data)), settings(100)).fit()
     method = ConsistencyDistillation(start, Independent(data), steps=12)
-    trained = Trainer(method, settings(120)).fit()
+    trained = Trainer(method, settings(80)).fit()
     source = points(500, seed=9)
     wanted = sample(start, source=source, steps=50, solver="first-order")
     assert trained.sampling == {"solver": "first-order", "steps": 1}

@@ -29,11 +29,11 @@ def teacher(path, bend=0.3):
 def test_invariant_4_lines_go_through_both_ends(path):
     model = teacher(path)
     pairs = PhasedPairs(model, data(), phases=4, steps=8)
-    found = pairs.draw(Draw.of(32))
+    found = pairs.draw(Draw.of(12))
     # Slow twin: each row by itself, from the same data and noise, through its own phase.
-    draw = Draw.of(32)
+    draw = Draw.of(12)
     rows, noise = draw.indices(64), draw.normal((3,))
-    for i in range(32):
+    for i in range(12):
         low, high = float(found.begin[i]), float(found.end[i])
         begin = torch.full((1,), low, dtype=torch.float64)
         start = path.interpolate(noise[i : i + 1], data()[rows[i : i + 1]], begin)

@@ -92,7 +92,7 @@ class Settings:
     """Rectification and conversion."""
     lengths: tuple[int, ...] = (50, 200, 1000, 3000)
     """Numbers of fine-tuning steps that are checked."""
-    looks: tuple[int, ...] = (50, 100, 200, 400, 700, 1000, 1500, 2000, 3000)
+    looks: tuple[int, ...] = (50, 100, 200, 500, 1000, 2000, 3000)
     """Numbers of fine-tuning steps that are drawn."""
     short: int = 200
     """Up to this length rectification has to be far ahead in one step."""
