@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectiflow.distill.chain import PairSettings
+from rectiflow.distill.chain import TeacherSettings
 from rectiflow.distill.consistency import ConsistencyDistillation
 from rectiflow.distill.generation import generate_pairs
 from rectiflow.distill.rectified_diffusion import PhasedRectifiedDiffusion, RectifiedDiffusion
@@ -84,8 +84,8 @@ class Settings:
     """Its arguments: 54,752 parameters."""
     flow: TrainerSettings = field(default_factory=lambda: stage(2000))
     """Pre-training of the diffusion model, on the cosine path."""
-    pairs: PairSettings = field(
-        default_factory=lambda: PairSettings(count=6000, solver="first-order", steps=50)
+    pairs: TeacherSettings = field(
+        default_factory=lambda: TeacherSettings(count=6000, solver="first-order", steps=50)
     )
     """Its pairs; their steps also make the samples that others are compared with."""
     tuning: TrainerSettings = field(default_factory=lambda: _tuning(3000))
@@ -114,7 +114,7 @@ PRESETS = {
     "quick": Settings(
         net_options={"width": 32, "depth": 1, "time_features": 16},
         flow=stage(60, batch_size=64),
-        pairs=PairSettings(count=128, solver="first-order", steps=20),
+        pairs=TeacherSettings(count=128, solver="first-order", steps=20),
         tuning=_tuning(20),
         lengths=(10, 20),
         looks=(10, 20),
@@ -131,7 +131,7 @@ PRESETS = {
         net="unet-cifar10",
         net_options={"dropout": 0.15},
         flow=TrainerSettings(steps=400_000, batch_size=128, ema=0.9999),
-        pairs=PairSettings(count=500_000, solver="first-order", steps=50, batch_size=500),
+        pairs=TeacherSettings(count=500_000, solver="first-order", steps=50, batch_size=500),
         tuning=TrainerSettings(
             steps=200_000, batch_size=128, ema=0.9999, optim=OptimizerSettings(learning_rate=5e-5)
         ),
