@@ -141,8 +141,8 @@ def test_unknown_predictions_are_refused():
     for names in ({"given": "epsilon", "wanted": "data"}, {"given": "data", "wanted": "epsilon"}):
         with pytest.raises(ValueError, match="unknown prediction 'epsilon'"):
             path.convert(x, x, t, **names)
-    with pytest.raises(ValueError, match="unknown prediction 'v'"):
-        path.target_of("v", x, x, t)
+    with pytest.raises(ValueError, match="unknown prediction 'w'"):
+        path.target_of("w", x, x, t)
 
 
 @settings(max_examples=30, deadline=None)

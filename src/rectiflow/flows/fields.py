@@ -54,7 +54,7 @@ class FlowModel(nn.Module):
     Args:
         net: the network. `t` reaches it as a `(b,)` tensor in [0, 1].
         path: the path it was (or will be) trained on; rectified by default.
-        prediction: what the network outputs: velocity, noise, data or score.
+        prediction: what the network outputs: velocity, noise, data, score or v.
         shape: the shape of one sample, needed to sample without giving noises.
         sampling: how the model is meant to be sampled, such as `{"solver": "euler", "steps": 1}`.
         data: what it was trained on (name, classes), for people and reports.

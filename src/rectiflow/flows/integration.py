@@ -112,7 +112,7 @@ def integrate(
         x: the state at the first time.
         times: a number of equal steps from 0 to 1, or the grid of times itself. For the adaptive
             solver the grid is where correctors look in; two times are enough.
-        solver: euler, heun, midpoint, rk4, dopri5, sde, or a solver object.
+        solver: euler, first-order, heun, midpoint, rk4, dopri5, sde, or a solver object.
         correctors: called after each step with a `Step`; each returns the state to go on from.
         generator: randomness for stochastic solvers and correctors.
         **condition: passed on to the field; tensors have one row a sample.

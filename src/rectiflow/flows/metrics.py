@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rectiflow.errors import positive, require
 from rectiflow.flows.fields import Field, Velocity, evaluating, velocity_of
+from rectiflow.flows.first_order_gap import FirstOrderGap as FirstOrderGap
+from rectiflow.flows.first_order_gap import first_order_gap as first_order_gap
 from rectiflow.flows.integration import Step, integrate, time_grid, uniform_times
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.sampling import condition_rows

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-PREDICTIONS = ("velocity", "noise", "data", "score")
+PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 
 # Denominators that vanish at an end of a path are held this far from zero.
 TINY = 1e-5
@@ -97,7 +97,7 @@ class Path(ABC):
         """What a network of the given prediction should output for a pair (the regression target).
 
         Raises:
-            ValueError: `wanted` is not one of velocity, noise, data, score.
+            ValueError: `wanted` is not one of velocity, noise, data, score, v.
         """
         if wanted == "velocity":
             return self.velocity(source, target, t)
@@ -107,6 +107,9 @@ class Path(ABC):
             return target
         if wanted == "score":
             return -source / _guard(self.sigma(expand(t, source)))
+        if wanted == "v":
+            t = expand(t, target)
+            return self.alpha(t) * source - self.sigma(t) * target
         raise unknown("prediction", wanted, PREDICTIONS)
 
     def convert(
@@ -129,7 +132,7 @@ class Path(ABC):
             output: the prediction to convert.
             x: the state at which it was made.
             t: times in [0, 1], one per sample.
-            given: what `output` is: velocity, noise, data or score (of a standard normal source).
+            given: what `output` is: velocity, noise, data, score (of a standard normal source), v.
             wanted: what to return.
 
         Raises:
@@ -156,8 +159,13 @@ class Path(ABC):
             if wanted == "data":
                 return (dsigma * x - sigma * output) / determinant
             noise = (alpha * output - dalpha * x) / determinant
+            if wanted == "v":
+                return alpha * noise - sigma * (dsigma * x - sigma * output) / determinant
             return noise if wanted == "noise" else -noise / _guard(sigma)
-        if given == "data":
+        if given == "v":
+            norm = alpha.square() + sigma.square()
+            data, noise = (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
+        elif given == "data":
             data, noise = output, (x - alpha * output) / _guard(sigma)
         else:
             noise = output if given == "noise" else -sigma * output
@@ -168,6 +176,8 @@ class Path(ABC):
             return noise
         if wanted == "score":
             return -noise / _guard(sigma)
+        if wanted == "v":
+            return alpha * noise - sigma * data
         return self.dalpha(t) * data + self.dsigma(t) * noise
 
     def config(self) -> dict[str, Any]:
@@ -407,17 +417,22 @@ PATHS: dict[str, type[Path]] = {
 }
 
 
-def build(name: str, **config: float) -> Path:
+def build(name: str, **config: Any) -> Path:
     """The path of a name and its parameters, as stored in a model's configuration.
 
     Example:
         >>> build("edm", sigma_max=10.0)
         EDMPath(sigma_min=0.002, sigma_max=10.0, rho=7.0)
     """
-    if name not in PATHS:
-        raise unknown("path", name, PATHS)
+    # Imported here: schedules are paths themselves.
+    from rectiflow.flows.schedules import SchedulePath
+
+    known = {**PATHS, SchedulePath.name: SchedulePath}
+    if name not in known:
+        raise unknown("path", name, known)
     try:
-        return PATHS[name](**config)
+        return known[name](**config)
     except TypeError:
-        accepted = ", ".join(f.name for f in fields(PATHS[name])) or "no parameters"
-        raise ValueError(f"path {name!r} takes {accepted}, got {', '.join(config)}") from None
+        accepted = ", ".join(f.name for f in fields(known[name])) or "no parameters"
+        given = ", ".join(config) or "none"
+        raise ValueError(f"path {name!r} takes {accepted}, got {given}") from None

@@ -35,7 +35,7 @@ class Regression:
         t: the times it saw, `(b,)`.
         target: the data end of each pair.
         path: the path the states lie on.
-        prediction: what `output` is (velocity, noise, data or score).
+        prediction: what `output` is (velocity, noise, data, score or v).
     """
 
     output: Tensor

@@ -5,6 +5,7 @@ An explicit Runge-Kutta method is data (nodes, matrix, weights); one runner step
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -116,18 +117,22 @@ RK4 = RungeKutta(
 )
 
 
+FIXED = {"euler": EULER, "heun": HEUN, "midpoint": MIDPOINT, "rk4": RK4}
+# Solvers with a file of their own: the file, the class, its settings.
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dopri5": ("adaptive", "DormandPrince", {}),
+    "first-order": ("first_order", "FirstOrder", {}),
+    "heun-euler": ("heun_euler", "HeunEuler", {}),
+    "reinterpolate": ("reinterpolation", "Reinterpolation", {}),
+    "reinterpolate-heun": ("reinterpolation", "Reinterpolation", {"corrected": True}),
+    "renoise": ("renoising", "Renoise", {}),
+    "sde": ("stochastic", "StochasticEuler", {}),
+}
+
+
 def names() -> list[str]:
     """The solvers that can be asked for by name."""
-    return [
-        "dopri5",
-        "euler",
-        "heun",
-        "midpoint",
-        "reinterpolate",
-        "reinterpolate-heun",
-        "rk4",
-        "sde",
-    ]
+    return sorted([*FIXED, *OTHERS])
 
 
 def resolve(solver: Any) -> Any:
@@ -142,19 +147,9 @@ def resolve(solver: Any) -> Any:
     """
     if not isinstance(solver, str):
         return solver
-    fixed = {"euler": EULER, "heun": HEUN, "midpoint": MIDPOINT, "rk4": RK4}
-    if solver in fixed:
-        return fixed[solver]
-    if solver == "dopri5":
-        from rectiflow.flows.adaptive import DormandPrince
-
-        return DormandPrince()
-    if solver == "sde":
-        from rectiflow.flows.stochastic import StochasticEuler
-
-        return StochasticEuler()
-    if solver in ("reinterpolate", "reinterpolate-heun"):
-        from rectiflow.flows.reinterpolation import Reinterpolation
-
-        return Reinterpolation(corrected=solver.endswith("heun"))
+    if solver in FIXED:
+        return FIXED[solver]
+    if solver in OTHERS:
+        file, kind, settings = OTHERS[solver]
+        return getattr(importlib.import_module(f"rectiflow.flows.{file}"), kind)(**settings)
     raise unknown("solver", solver, names())
