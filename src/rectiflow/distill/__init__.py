@@ -5,33 +5,19 @@ from rectiflow._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "chain": (
-            "ChainSettings",
-            "TeacherSettings",
-            "make_one_step",
-        ),
+        "chain": ("ChainSettings", "PairSettings", "TeacherSettings", "make_one_step"),
         "consistency": ("ConsistencyDistillation",),
-        "crossing": (
-            "CrossingRisk",
-            "crossing_risk",
-        ),
+        "crossing": ("CrossingRisk", "crossing_risk"),
+        "density_ratio": ("Discriminator", "RatioClip", "constant_ratio"),
+        "distribution_matching": ("DistributionMatching", "FDistill"),
+        "divergences": ("DIVERGENCES", "Divergence"),
         "generation": ("generate_pairs",),
         "inversion": ("invert_pairs",),
         "one_step": ("OneStepDistillation",),
-        "quality": (
-            "PairGate",
-            "PairQuality",
-            "check_pairs",
-        ),
-        "rectified_diffusion": (
-            "PhasedRectifiedDiffusion",
-            "RectifiedDiffusion",
-        ),
+        "quality": ("PairGate", "PairQuality", "check_pairs"),
+        "ratio_weights": ("RatioWeights",),
+        "rectified_diffusion": ("PhasedRectifiedDiffusion", "RectifiedDiffusion"),
         "reflow": ("Reflow",),
-        "straightening": (
-            "Profile",
-            "Straightening",
-            "profile",
-        ),
+        "straightening": ("Profile", "Straightening", "profile"),
     },
 )

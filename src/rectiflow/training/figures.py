@@ -15,7 +15,7 @@ from rectiflow.files import atomic_path
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
-COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48")
+COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48", "#5b6770")
 
 
 def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -124,6 +124,22 @@ def compare_trajectories(
     return _finish(figure, path, title)
 
 
+def scatter(
+    panels: Mapping[str, Float[Tensor, "n 2"]], path: Path | str, *, title: str = ""
+) -> Path:
+    """Draw points in the plane side by side on equal axes, each cloud under its name."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 3.4), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, points) in zip(axes.flat, panels.items()):
+        axis.scatter(*points.detach().cpu().T.numpy(), s=3, alpha=0.5, color=COLOURS[0], lw=0)
+        axis.set_title(name, fontsize=10)
+        axis.set_aspect("equal", "datalim")
+        axis.grid(alpha=0.25)
+    return _finish(figure, path, title)
+
+
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path | str,
@@ -132,9 +148,14 @@ def curves(
     up: str,
     floor: tuple[str, float] | None = None,
     logarithmic: bool = False,
+    marked: bool = True,
     title: str = "",
 ) -> Path:
-    """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known."""
+    """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known.
+
+    On logarithmic axes every x value is marked; `marked=False` suits values that lines do not
+    share.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.8))
     for colour, (name, (x, y)) in zip(_cycle(len(lines)), lines.items()):
@@ -144,6 +165,7 @@ def curves(
     if logarithmic:
         axis.set_xscale("log")
         axis.set_yscale("log")
+    if logarithmic and marked:
         ticks = sorted({value for x, _ in lines.values() for value in x})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
