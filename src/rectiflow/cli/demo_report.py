@@ -130,7 +130,7 @@ def facts(rows: Sequence[Row]) -> Table:
             row.title,
             row.straightness,
             row.transport_cost,
-            clock(row.seconds),
+            clock(row.seconds) if row.seconds else "earlier",
             f"{1000 * row.seconds_per_thousand[1]:.3g} ms",
             f"{1000 * row.seconds_per_thousand[50]:.3g} ms",
         ]
