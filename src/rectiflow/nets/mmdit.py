@@ -107,8 +107,6 @@ class MMDiT(Net):
             errors.positive(key, value)
         errors.positive("context_dim", context_dim, zero=True)
         errors.positive("pooled_dim", pooled_dim, zero=True)
-        if len(self.shape) != 3:
-            raise ValueError(f"mmdit takes shape (channels, height, width), got {self.shape}")
         if qk_norm not in QK_NORMS:
             raise errors.unknown("qk_norm", str(qk_norm), [str(norm) for norm in QK_NORMS])
         if any(not 0 <= layer < depth for layer in dual_layers):
@@ -119,18 +117,9 @@ class MMDiT(Net):
         width = heads * head_dim
         if width % 4:
             raise ValueError(f"heads * head_dim must be a multiple of 4, got {width}")
-        if any(side % patch for side in self.shape[1:]):
-            raise ValueError(
-                f"height and width must be multiples of patch {patch}, got "
-                f"{self.shape[1]}x{self.shape[2]}: resize or pad the images"
-            )
+        _check_sides(self.shape, patch, max_size)
         self.patch = patch
         self.max_size = max(self.shape[1:]) // patch if max_size is None else max_size
-        if self.max_size * patch < max(self.shape[1:]):
-            raise ValueError(
-                f"max_size must be >= {max(self.shape[1:]) // patch} patches for this shape, got "
-                f"{self.max_size}"
-            )
         pixels = self.shape[0] * patch**2
         self.patches = linear(pixels, width)
         table = axis_table(self.max_size, width // 2, scale=position_scale, offset=position_offset)
@@ -257,6 +246,19 @@ class MMDiT(Net):
             known = ", ".join(map(repr, taken))
             raise ValueError(f"{self.name} takes the condition {known} only, got {extra[0]!r}")
         return super()._label({"label": condition.get("label")})
+
+
+def _check_sides(shape: tuple[int, ...], patch: int, max_size: int | None) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"mmdit takes shape (channels, height, width), got {shape}")
+    if shape[1] % patch or shape[2] % patch:
+        raise ValueError(
+            f"height and width must be multiples of patch {patch}, got {shape[1]}x{shape[2]}: "
+            "resize or pad the images"
+        )
+    least = max(shape[1:]) // patch
+    if max_size is not None and max_size < least:
+        raise ValueError(f"max_size must be >= {least} patches for this shape, got {max_size}")
 
 
 def _two_layers(inputs: int, width: int) -> nn.Sequential:
