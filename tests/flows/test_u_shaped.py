@@ -7,7 +7,6 @@ from scipy import stats
 
 from rectiflow.flows import FlowModel, Independent, LivePairs, MinibatchOT, UShaped
 from rectiflow.flows.times import TimeSampler, Uniform
-from rectiflow.flows.times import UShaped as FromTimes
 from rectiflow.training import FlowMatching
 
 SHAPES = [UShaped(), UShaped(1.0), UShaped(12.0), UShaped(4.0, margin=0.1), UShaped(0.0)]
@@ -83,9 +82,8 @@ def test_extreme_a_stays_finite():
     assert times.density(drawn).isfinite().all()
 
 
-def test_it_is_a_time_sampler_found_under_both_names():
+def test_it_is_a_time_sampler():
     assert isinstance(UShaped(), TimeSampler)
-    assert FromTimes is UShaped
 
 
 def test_bad_numbers_are_refused():

@@ -14,7 +14,7 @@ from rectiflow.recipes.catalog import SYSTEMS, bibtex, find, recipe_exists, reci
 # A name of the design for each system, written out by hand: a lost or renamed row shows here.
 NAMES = {
     1: "distill.Reflow", 2: "distill.RectifiedDiffusion", 3: "nets.MMDiT",
-    4: "flows.times.UShaped", 5: "distill.OneStepDistillation", 6: "distill.AnnealingReflow",
+    4: "flows.UShaped", 5: "distill.OneStepDistillation", 6: "distill.AnnealingReflow",
     7: "guidance.FlowChef", 8: "flows.solvers.RFSolver", 9: "guidance.APG",
     10: "distill.FDistill", 11: "align.AlignProp", 12: "guidance.Anagram",
     13: "guidance.RelationRectifier", 14: "images.PMRF",

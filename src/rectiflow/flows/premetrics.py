@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from rectiflow._lazy import attach
 from rectiflow.errors import positive
 from rectiflow.flows.paths import Path
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-# Premetrics with files of their own.
-__getattr__ = attach("rectiflow.flows", {"perceptual": ("Perceptual", "PerceptualHuber")})[0]
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from rectiflow._lazy import attach
 from rectiflow.errors import positive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-# Time samplers with files of their own.
-__getattr__ = attach("rectiflow.flows", {"u_shaped": ("UShaped",)})[0]
 
 
 @runtime_checkable

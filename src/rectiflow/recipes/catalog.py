@@ -132,8 +132,8 @@ SYSTEMS: tuple[System, ...] = (
          "Time samplers for training flows and the two-stream transformer of Stable Diffusion 3."),
     _row(4, "rfpp", "2405.20320",
          "Improving the Training of Rectified Flows",
-         "flows.times.UShaped flows.premetrics.PseudoHuber flows.premetrics.PerceptualHuber "
-         "interop.edm.from_edm",
+         "flows.UShaped flows.PseudoHuber flows.PerceptualHuber flows.Reinterpolation "
+         "flows.InvertedPairs interop.edm.from_edm",
          "One good reflow round: more training near both ends, robust losses, a diffusion start."),
     _row(5, "instaflow", "2309.06380",
          "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation",
