@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = attach(
         ),
         "sampling": ("sample",),
         "stochastic": ("StochasticEuler",),
+        "renoising": ("Renoise",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
         "pair_store": ("PairStore",),
         "premetrics": ("FeatureL2", "L2", "PseudoHuber", "Regression"),

@@ -118,7 +118,7 @@ RK4 = RungeKutta(
 
 def names() -> list[str]:
     """The solvers that can be asked for by name."""
-    return ["dopri5", "euler", "heun", "midpoint", "rk4", "sde"]
+    return ["dopri5", "euler", "heun", "midpoint", "renoise", "rk4", "sde"]
 
 
 def resolve(solver: Any) -> Any:
@@ -144,4 +144,8 @@ def resolve(solver: Any) -> Any:
         from rectiflow.flows.stochastic import StochasticEuler
 
         return StochasticEuler()
+    if solver == "renoise":
+        from rectiflow.flows.renoising import Renoise
+
+        return Renoise()
     raise unknown("solver", solver, names())

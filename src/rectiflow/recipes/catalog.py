@@ -160,7 +160,7 @@ SYSTEMS: tuple[System, ...] = (
          "Guidance whose parallel part is damped, so that large scales do not burn the colours."),
     _row(10, "f-distill", "2502.15681",
          "One-step Diffusion Models with f-Divergence Distribution Matching",
-         "distill.FDistill distill.divergences",
+         "distill.FDistill distill.DistributionMatching distill.divergences",
          "Match a one-step generator to its teacher under a divergence of your choice."),
     _row(11, "alignprop", "2310.03739",
          "Aligning Text-to-Image Diffusion Models with Reward Backpropagation",

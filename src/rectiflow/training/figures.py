@@ -15,7 +15,7 @@ from rectiflow.files import atomic_path
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
-COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48")
+COLOURS = ("#3b6fb6", "#d9722e", "#3f9a5b", "#8a5bb0", "#b23a48", "#5b6770")
 
 
 def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -121,6 +121,22 @@ def compare_trajectories(
         axis.set_xlabel("first principal direction")
     axes[0, 0].set_ylabel("second principal direction")
     axes[0, 0].legend(fontsize=7, loc="upper right")
+    return _finish(figure, path, title)
+
+
+def scatter(
+    panels: Mapping[str, Float[Tensor, "n 2"]], path: Path | str, *, title: str = ""
+) -> Path:
+    """Draw points in the plane side by side on equal axes, each cloud under its name."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 3.4), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, points) in zip(axes.flat, panels.items()):
+        axis.scatter(*points.detach().cpu().T.numpy(), s=3, alpha=0.5, color=COLOURS[0], lw=0)
+        axis.set_title(name, fontsize=10)
+        axis.set_aspect("equal", "datalim")
+        axis.grid(alpha=0.25)
     return _finish(figure, path, title)
 
 

@@ -25,6 +25,7 @@ class Phase:
         optimizer: settings of its own; the trainer's by default.
         inspect: called with the draw of a step whose loss was not finite; says what is wrong with
             its data, or nothing.
+        first: the first step on which it runs; its learning rate's schedule starts there.
     """
 
     name: str
@@ -33,6 +34,11 @@ class Phase:
     every: int = 1
     optimizer: OptimizerSettings | None = None
     inspect: Callable[[Draw], str] | None = None
+    first: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether the phase runs on a step."""
+        return step >= self.first and (step - self.first) % self.every == 0
 
 
 class Method(Protocol):

@@ -125,6 +125,11 @@ class Trainer:
         if self.settings.compile and isinstance(method.model.net, nn.Module):
             method.model.net.compile()
         self._options = [phase.optimizer or self.settings.optim for phase in self.phases]
+        own = {id(p) for p in method.model.parameters()}
+        # The average counts updates of the model, not steps in which only other parts learned.
+        self._moves_model = [
+            any(id(p) in own for p in phase.module.parameters()) for phase in self.phases
+        ]
         self._modules, self._optimizers = [], []
         for phase, options in zip(self.phases, self._options):
             phase.module.to(self.device)
@@ -198,13 +203,16 @@ class Trainer:
         settings, accelerator = self.settings, self.accelerator
         parts = accelerator.num_processes * settings.accumulate
         size = settings.batch_size * parts
+        moved = False
         for index, phase in enumerate(self.phases):
-            if self.step % phase.every:
+            if not phase.due(self.step):
                 continue
+            moved = moved or self._moves_model[index]
             options, optimizer = self._options[index], self._optimizers[index]
             module = self._modules[index]
             for group in optimizer.param_groups:
-                group["lr"] = optimizers.rate(options, self.step, settings.steps)
+                since = self.step - phase.first
+                group["lr"] = optimizers.rate(options, since, settings.steps - phase.first)
             for micro in range(settings.accumulate):
                 first = accelerator.process_index * settings.accumulate + micro
                 rows = slice(first * settings.batch_size, (first + 1) * settings.batch_size)
@@ -222,7 +230,7 @@ class Trainer:
                 accelerator.clip_grad_norm_(phase.module.parameters(), options.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if settings.ema:
+        if settings.ema and moved:
             self.ema.update()
 
     def _draw(self, size: int, rows: slice) -> Draw:
@@ -251,7 +259,7 @@ class Trainer:
         numbers = {}
         for phase, total in zip(self.phases, means):
             name = "loss" if len(self.phases) == 1 else f"loss/{phase.name}"
-            runs = sum(1 for s in range(self.step - steps, self.step) if s % phase.every == 0)
+            runs = sum(1 for s in range(self.step - steps, self.step) if phase.due(s))
             if not math.isfinite(total):
                 self._refuse(phase.name, total, f"steps {self.step - steps + 1} to {self.step}")
             if runs:
@@ -274,7 +282,11 @@ class Trainer:
         return self.folder is not None and bool(self.accelerator.is_main_process)
 
     def _save(self) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_state_dict,
+        )
 
         if self._folder is None:
             return
@@ -287,7 +299,11 @@ class Trainer:
             "random": _random_state(self.device),
         }
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
-            weights, moments = get_state_dict(module, optimizer.optimizer, options=options)
+            if optimizer.optimizer.state:
+                weights, moments = get_state_dict(module, optimizer.optimizer, options=options)
+            else:
+                # A phase that has not run yet: reading its optimizer would take a first step.
+                weights, moments = get_model_state_dict(module, options=options), None
             state[f"phase/{phase.name}"] = {"module": weights, "optimizer": moments}
         if self._writes:
             checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
@@ -299,7 +315,11 @@ class Trainer:
         return settings.batch_size * settings.accumulate * int(self.accelerator.num_processes)
 
     def _resume(self) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_state_dict,
+        )
 
         assert self._folder is not None
         state = checkpoints.read_newest(self._folder, map_location="cpu")
@@ -315,6 +335,9 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True)
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
             saved = state[f"phase/{phase.name}"]
+            if saved["optimizer"] is None:
+                set_model_state_dict(module, saved["module"], options=options)
+                continue
             set_state_dict(
                 module,
                 optimizer.optimizer,
