@@ -144,18 +144,20 @@ def print_table(rows: Sequence[Row], floor: Scores, name: str) -> None:
     measures = [(name, "fd")]
     if floor.fd_pixels is not None:
         measures.append(("fd_pixels", "fd_pixels"))
-    for title, measure in measures:
-        _print(table(rows, floor, title, measure))
-    _print(facts(rows))
+    print_tables(
+        [*(table(rows, floor, title, measure) for title, measure in measures), facts(rows)]
+    )
 
 
-def _print(shown: Table) -> None:
-    lines = [list(shown.header), *([cell(value) for value in row] for row in shown.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        first, *rest = (text.rjust(width) for text, width in zip(line, widths))
-        print("  ".join([line[0].ljust(len(first)), *rest]))
-    print()
+def print_tables(tables: Sequence[Table]) -> None:
+    """Tables as aligned text."""
+    for shown in tables:
+        lines = [list(shown.header), *([cell(value) for value in row] for row in shown.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        for line in lines:
+            first, *rest = (text.rjust(width) for text, width in zip(line, widths))
+            print("  ".join([line[0].ljust(len(first)), *rest]))
+        print()
 
 
 def write(

@@ -25,7 +25,7 @@ class Settings(ScoreOptions):
     steps: tuple[int, ...] = (1, 2, 4, 10, 50)
     """Numbers of solver steps."""
     solver: str = "euler"
-    """euler, heun, midpoint, rk4, dopri5 or sde."""
+    """euler, heun, midpoint, rk4, dopri5, sde or renoise."""
     out: Path | None = None
     """JSON file for the scores."""
     overwrite: bool = False

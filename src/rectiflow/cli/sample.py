@@ -27,7 +27,7 @@ class Settings:
     steps: int | None = None
     """Solver steps; what the model was made for by default."""
     solver: str | None = None
-    """euler, heun, midpoint, rk4, dopri5 or sde; the model's own by default."""
+    """euler, heun, midpoint, rk4, dopri5, sde or renoise; the model's own by default."""
     label: int | None = None
     """Class of a conditional model; random classes by default."""
     seed: int = 0

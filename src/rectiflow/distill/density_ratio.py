@@ -139,12 +139,17 @@ def _submodule(net: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def _hooked(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """First outputs of modules during the block; the first tensor of those that give several."""
+    """First outputs of modules during the block.
+
+    Of several tensors the last counts: blocks of two streams give text first, then image.
+    """
     seen: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, output: Any) -> None:
-            seen.setdefault(index, output if isinstance(output, Tensor) else output[0])
+            if not isinstance(output, Tensor):
+                output = [part for part in output if isinstance(part, Tensor)][-1]
+            seen.setdefault(index, output)
 
         return hook
 

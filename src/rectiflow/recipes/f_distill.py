@@ -67,7 +67,7 @@ class DigitsSettings:
     teacher: TrainerSettings = field(default_factory=lambda: stage(3000))
     """Training of the teacher."""
     student: TrainerSettings = field(
-        default_factory=lambda: stage(3000, learning_rate=2e-4, ema=0.99)
+        default_factory=lambda: stage(3000, learning_rate=5e-4, ema=0.99)
     )
     """Distillation."""
     judge_rate: float = 1e-3

@@ -148,9 +148,14 @@ def curves(
     up: str,
     floor: tuple[str, float] | None = None,
     logarithmic: bool = False,
+    marked: bool = True,
     title: str = "",
 ) -> Path:
-    """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known."""
+    """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known.
+
+    On logarithmic axes every x value is marked; `marked=False` suits values that lines do not
+    share.
+    """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.8))
     for colour, (name, (x, y)) in zip(_cycle(len(lines)), lines.items()):
@@ -160,6 +165,7 @@ def curves(
     if logarithmic:
         axis.set_xscale("log")
         axis.set_yscale("log")
+    if logarithmic and marked:
         ticks = sorted({value for x, _ in lines.values() for value in x})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()

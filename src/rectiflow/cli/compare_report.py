@@ -1,0 +1,249 @@
+"""Scores, pictures and the page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rectiflow.cli.demo_report import SHOWN, Row, print_tables, score, table
+from rectiflow.distill.chain import Stage
+from rectiflow.files import write_json
+from rectiflow.flows.sampling import sample
+from rectiflow.training.comparison import (
+    FOLLOWED,
+    AsMade,
+    Compared,
+    describe_sampling,
+    lineage_table,
+    own_steps,
+    score_as_made,
+    variation,
+)
+from rectiflow.training.figures import compare_samples, curves
+from rectiflow.training.report import Section, Table, cell, write_report
+
+if TYPE_CHECKING:
+    from rectiflow.training.evaluation import Evaluator, Scores
+    from rectiflow.training.runs import Run
+
+FOLLOWED_SAMPLES = 1000
+"""Trajectories by which straightness and variation are measured."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's part of the page.
+
+    Attributes:
+        row: scores, speeds, straightness and cost by Euler steps.
+        as_made: the same with the model's own solver and steps.
+        times: middles of the bins of time.
+        variation: how far the velocity is from the chord in each.
+    """
+
+    row: Row
+    as_made: AsMade
+    times: list[float]
+    variation: list[float]
+
+
+def compare(entries: Sequence[Compared], evaluator: Evaluator, counts: Sequence[int]) -> list[Side]:
+    """Measure every model on the same noises."""
+    sides = []
+    for entry in entries:
+        model = entry.model
+        source, condition = evaluator.noises(model)
+        few = {name: rows[:FOLLOWED_SAMPLES] for name, rows in condition.items()}
+        # The first call pays for what later ones find ready.
+        sample(
+            model,
+            source=source[:64],
+            steps=1,
+            solver="euler",
+            **{name: rows[:64] for name, rows in condition.items()},
+        )
+        row = score(Stage("", entry.title, model, Path(entry.source), 0.0), evaluator, counts)
+        times, found = variation(model, source[:FOLLOWED_SAMPLES], few)
+        sides.append(Side(row, score_as_made(model, evaluator), times, found))
+    return sides
+
+
+def write(
+    sides: Sequence[Side], entries: Sequence[Compared], evaluator: Evaluator, run: Run
+) -> None:
+    """Numbers, pictures, the page, and the tables on the terminal."""
+    floor = evaluator.floor()
+    write_json(run.path("compare.json"), as_table(sides, entries, evaluator, floor))
+    rows = [side.row for side in sides]
+    tables = [table(rows, floor, evaluator.name, "fd")]
+    if floor.fd_pixels is not None:
+        tables.append(table(rows, floor, "fd_pixels", "fd_pixels"))
+    made = made_table(sides, evaluator.name)
+    print_tables([*tables, made])
+    best = min(sides, key=lambda side: side.as_made.scores.fd)
+    accuracy = evaluator.features.accuracy
+    judge = f" (test accuracy {accuracy:.1%})" if accuracy is not None else ""
+    write_report(
+        run.path("report.html"),
+        f"{len(sides)} models on {evaluator.train.name}",
+        [
+            Section(
+                "Quality by number of steps and by time",
+                texts=[
+                    f"{evaluator.name} is the Fréchet distance of features{judge} to the training "
+                    f"set; {evaluator.count} samples each, from the same noises."
+                ],
+                tables=tables,
+                pictures=_quality(sides, evaluator.name, floor, run),
+            ),
+            Section("As they are meant to be used", tables=[made]),
+            Section("Where they bend", pictures=_bends(sides, run)),
+            Section("Samples", pictures=_samples(entries, evaluator, rows, run)),
+            Section(
+                "Lineage",
+                tables=[lineage_table(entries)],
+                facts={entry.title: entry.model.lineage for entry in entries},
+            ),
+            Section(
+                "How it was measured",
+                facts={
+                    "settings": run.record["settings"],
+                    "environment": run.record["environment"],
+                },
+            ),
+        ],
+        lead=[
+            f"Used as it is meant to be, {best.row.title} ({best.as_made.sampling}) is closest to "
+            f"the data: {evaluator.name} {cell(best.as_made.scores.fd)}, where fresh data score "
+            f"{cell(floor.fd)}."
+        ],
+    )
+
+
+def made_table(sides: Sequence[Side], name: str) -> Table:
+    """Each model with its own solver and steps."""
+    header = ["model", "sampled by", name, "precision", "recall", "1,000 images", "straightness S"]
+    header.append("transport cost")
+    rows: list[list[Any]] = []
+    for side in sides:
+        own = side.as_made
+        rows.append(
+            [
+                side.row.title,
+                own.sampling,
+                own.scores.fd,
+                own.scores.precision,
+                own.scores.recall,
+                f"{1000 * own.seconds_per_thousand:.3g} ms",
+                side.row.straightness,
+                side.row.transport_cost,
+            ]
+        )
+    return Table(header, rows, caption="Time is wall time on the machine named below.")
+
+
+def as_table(
+    sides: Sequence[Side], entries: Sequence[Compared], evaluator: Evaluator, floor: Scores
+) -> dict[str, Any]:
+    """The comparison as plain values."""
+    return {
+        "data": evaluator.train.name,
+        "distance": evaluator.name,
+        "floor": asdict(floor),
+        "models": [
+            {
+                "title": entry.title,
+                "source": entry.source,
+                "sampling": entry.model.sampling,
+                "lineage": entry.model.lineage,
+                "scores": {str(n): asdict(s) for n, s in side.row.scores.items()},
+                "seconds_per_thousand": {
+                    str(n): s for n, s in side.row.seconds_per_thousand.items()
+                },
+                "as_made": asdict(side.as_made),
+                "straightness": side.row.straightness,
+                "transport_cost": side.row.transport_cost,
+                "variation": {"times": side.times, "values": side.variation},
+            }
+            for side, entry in zip(sides, entries)
+        ],
+    }
+
+
+def _quality(sides: Sequence[Side], name: str, floor: Scores, run: Run) -> dict[Path, str]:
+    """Distance over steps and over time."""
+    steps, time = {}, {}
+    for side in sides:
+        row = side.row
+        values = [scores.fd for scores in row.scores.values()]
+        speeds = [1000 * s for s in row.seconds_per_thousand.values()]
+        steps[row.title] = (list(row.scores), values)
+        time[row.title] = (speeds, values)
+    line = ("train vs. test", floor.fd)
+    by_steps = curves(
+        steps,
+        run.path("by-steps.png"),
+        across="Euler steps",
+        up=name,
+        floor=line,
+        logarithmic=True,
+    )
+    by_time = curves(
+        time,
+        run.path("by-time.png"),
+        across="wall time of 1,000 images (ms)",
+        up=name,
+        floor=line,
+        logarithmic=True,
+        marked=False,
+    )
+    fewest = min(sides[0].row.scores)
+    first = min(sides, key=lambda side: side.row.scores[fewest].fd)
+    return {
+        by_steps: f"In {fewest} step{'s' if fewest > 1 else ''} {first.row.title} is closest to "
+        f"the data ({cell(first.row.scores[fewest].fd)}).",
+        by_time: "The same against the wall time they took here.",
+    }
+
+
+def _bends(sides: Sequence[Side], run: Run) -> dict[Path, str]:
+    """How far the velocity is from the chord over time."""
+    picture = curves(
+        {side.row.title: (side.times, side.variation) for side in sides},
+        run.path("variation.png"),
+        across="time t (0 noise, 1 data)",
+        up="E |(Z₁ - Z₀) - v(Zₜ, t)|²",
+    )
+    straightest = min(sides, key=lambda side: side.row.straightness)
+    return {
+        picture: f"Distance of the velocity from the chord along trajectories of {FOLLOWED} Euler "
+        "steps, in bins of time: where it is large, steps are needed. Straightest is "
+        f"{straightest.row.title} (S {cell(straightest.row.straightness)}). Generators that were "
+        "trained at the start of a step alone mean nothing in between."
+    }
+
+
+def _samples(
+    entries: Sequence[Compared], evaluator: Evaluator, rows: Sequence[Row], run: Run
+) -> dict[Path, str]:
+    """Sheets from the same noises: in the fewest and most steps, and as made."""
+    counts = list(rows[0].scores)
+    panels = {}
+    for entry in entries:
+        source, condition = evaluator.noises(entry.model)
+        first = {name: value[:SHOWN] for name, value in condition.items()}
+        for steps in dict.fromkeys((counts[0], counts[-1])):
+            word = "step" if steps == 1 else "steps"
+            panels[f"{entry.title}, {steps} {word}"] = sample(
+                entry.model, source=source[:SHOWN], steps=steps, solver="euler", **first
+            )
+        own = entry.model.sampling["solver"] == "euler"
+        if not own or own_steps(entry.model) not in (counts[0], counts[-1]):
+            title = f"{entry.title}, as made ({describe_sampling(entry.model)})"
+            panels[title] = sample(entry.model, source=source[:SHOWN], **first)
+    picture = compare_samples(
+        panels, run.path("samples.png"), title="The same noises through every model"
+    )
+    return {picture: "Samples of every model from the same noises."}
