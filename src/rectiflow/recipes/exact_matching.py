@@ -65,8 +65,10 @@ def moments() -> tuple[float, float]:
     return mean, math.sqrt(second - mean**2)
 
 
-def data_log_density(x: Float[Tensor, "*n"], noise: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Log-density of the noised data."""
+def data_log_density(
+    x: Float[Tensor, " n"], noise: Float[Tensor, "levels 1"]
+) -> Float[Tensor, "levels n"]:
+    """Log-density of the noised data at every level of noise."""
     variance = STD**2 + noise.square()
     terms = [
         math.log(share) - 0.5 * (x - centre).square() / variance
