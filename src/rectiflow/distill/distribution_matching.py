@@ -187,6 +187,7 @@ class DistributionMatching:
 
     def fake_loss(self, draw: Draw) -> Tensor:
         """The flow-matching loss of the fake flow on the generator's samples."""
+        self._place(draw.device)
         return self.fitting.loss(draw)
 
     def discriminator_loss(self, draw: Draw) -> Tensor:
