@@ -277,7 +277,7 @@ def _probe(source: Tensor) -> list[float]:
 def describe_solver(solver: Any) -> dict[str, Any]:
     """Name and parameters of a solver, as plain values."""
     solver = solvers.resolve(solver)
-    for name in ("euler", "heun", "midpoint", "rk4"):
+    for name in ("euler", "heun", "heun-euler", "midpoint", "rk4"):
         if solver == solvers.resolve(name):
             return {"name": name}
     if not is_dataclass(solver) or isinstance(solver, type):

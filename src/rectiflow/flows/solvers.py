@@ -118,7 +118,7 @@ RK4 = RungeKutta(
 
 def names() -> list[str]:
     """The solvers that can be asked for by name."""
-    return ["dopri5", "euler", "heun", "midpoint", "rk4", "sde"]
+    return ["dopri5", "euler", "heun", "heun-euler", "midpoint", "rk4", "sde"]
 
 
 def resolve(solver: Any) -> Any:
@@ -140,6 +140,10 @@ def resolve(solver: Any) -> Any:
         from rectiflow.flows.adaptive import DormandPrince
 
         return DormandPrince()
+    if solver == "heun-euler":
+        from rectiflow.flows.heun_euler import HeunEuler
+
+        return HeunEuler()
     if solver == "sde":
         from rectiflow.flows.stochastic import StochasticEuler
 

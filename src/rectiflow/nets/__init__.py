@@ -7,9 +7,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "registry": ("Size", "build", "names", "preset_for", "register", "sizes"),
         "base": ("Net",),
+        "costs": ("Cost", "cost", "macs"),
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),
         "mlp": ("MLP",),
+        "specs": ("build_spec",),
         "unet": ("UNet",),
     },
 )
