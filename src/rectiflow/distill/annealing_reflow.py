@@ -69,6 +69,12 @@ class AnnealingReflow(FlowMatching):
         if not isinstance(student, FlowModel):
             student = new_student(teacher, student, seed=seed)
         self.schedule = schedule if schedule is not None else Linear()
+        if math.isinf(self.schedule.ramp):
+            warnings.warn(
+                f"{self.schedule} keeps some fresh noise to the end, so the student will not be "
+                "quite a reflowed flow: use it to compare, not to keep",
+                stacklevel=2,
+            )
         super().__init__(student, AnnealedPairs(coupling, self.schedule), **options)
 
     def check_training(self, settings: TrainerSettings) -> None:
@@ -78,13 +84,7 @@ class AnnealingReflow(FlowMatching):
             ValueError: fewer steps than the ramp.
         """
         ramp = self.schedule.ramp
-        if math.isinf(ramp):
-            warnings.warn(
-                f"{self.schedule} keeps some fresh noise to the end, so the student is not quite "
-                "a reflowed flow: use it to compare, not to keep",
-                stacklevel=2,
-            )
-        elif settings.steps < ramp:
+        if not math.isinf(ramp) and settings.steps < ramp:
             raise ValueError(
                 f"annealing ends after {ramp:g} steps and the training after {settings.steps}: a "
                 "student stopped before is no reflowed flow, so train longer or shorten the ramp"
