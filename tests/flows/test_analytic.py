@@ -51,6 +51,17 @@ def test_invariant_4_at_the_start_it_points_to_the_mean():
     torch.testing.assert_close(almost, wanted, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.8])
+def test_it_is_the_analytic_teacher_of_slimflow(t):
+    # v = (sum w_i x_i - x) / (1 - t), w = softmax(-|x - t x_i|² / (2 (1 - t)²)), written out.
+    data, x = random(7, 2), random(5, 2, seed=1)
+    squared = (x[:, None] - t * data[None]).square().sum(2)
+    weights = torch.softmax(-squared / (2 * (1 - t) ** 2), dim=1)
+    wanted = (weights @ data - x) / (1 - t)
+    found = SoftmaxField(data).velocity(x, torch.full((5,), t, dtype=torch.float64))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_stable_near_the_end(dtype):
     data = random(7, 2).to(dtype)

@@ -119,6 +119,22 @@ def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) 
     return {"label": torch.full((count,), label)}
 
 
+def guided_by(model: FlowModel, scale: float) -> Any:
+    """The model under classifier-free guidance.
+
+    Raises:
+        ValueError: the model takes no condition.
+    """
+    if not model.conditional:
+        raise ValueError(
+            "--guidance needs a model that takes labels, and this one does not: train it with "
+            "--conditional"
+        )
+    from rectiflow.flows.guidance import ClassifierFree
+
+    return ClassifierFree(model, scale)
+
+
 def choose_device(name: str) -> Any:
     """A torch device: auto takes a GPU when there is one.
 

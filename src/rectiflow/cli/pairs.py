@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import choose_device, counting, data_of
+from rectiflow.cli.options import choose_device, counting, data_of, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -37,6 +37,8 @@ class Settings:
     """noise stores the noises; seed stores only how to draw them again."""
     seed: int = 1
     """Seed of the noises."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, baked into the pairs (conditional models only)."""
     check: bool = True
     """Check the quality of the pairs before generating all of them."""
     overwrite: bool = False
@@ -47,6 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("count", "steps", "batch_size", "shard_size"):
             positive(name, getattr(self, name))
+        if self.guidance is not None:
+            positive("guidance", self.guidance, zero=True)
 
 
 def main(words: Sequence[str]) -> int:
@@ -57,6 +61,7 @@ def main(words: Sequence[str]) -> int:
 
     model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
     conditions = data_of(model) if model.conditional else None
+    guided = None if settings.guidance is None else guided_by(model, settings.guidance)
     with counting("pairs", settings.count, "pairs") as update:
         store = generate_pairs(
             model,
@@ -69,6 +74,7 @@ def main(words: Sequence[str]) -> int:
             shard_size=settings.shard_size,
             conditions=conditions,
             store=settings.store,
+            field=guided,
             gate=PairGate() if settings.check else None,
             overwrite=settings.overwrite,
             process_index=int(os.environ.get("RANK", "0")),

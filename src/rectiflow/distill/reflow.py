@@ -13,6 +13,8 @@ from rectiflow.flows.times import TimeSampler
 from rectiflow.training.flow_matching import FlowMatching
 
 MOST_ROUNDS = 3
+KINDS = frozenset({"reflow", "annealing"})
+"""What the lineage calls a round of reflow: the methods of `rectiflow reflow`."""
 
 
 class Reflow(FlowMatching):
@@ -63,5 +65,5 @@ def student_of(teacher: FlowModel) -> FlowModel:
 
 
 def reflow_rounds(model: FlowModel) -> int:
-    """How many rounds of reflow a model's lineage records."""
-    return sum(1 for entry in model.lineage if entry.get("method") == "reflow")
+    """How many rounds of reflow, of any kind, a model's lineage records."""
+    return sum(1 for entry in model.lineage if entry.get("method") in KINDS)

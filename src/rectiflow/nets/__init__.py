@@ -7,12 +7,14 @@ __getattr__, __dir__, __all__ = attach(
     {
         "registry": ("Size", "build", "names", "preset_for", "register", "sizes"),
         "base": ("Net",),
+        "costs": ("Cost", "cost", "macs"),
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),
         "diffusion": ("DiffusionVelocity",),
         "mlp": ("MLP",),
         "mmdit": ("MMDiT",),
         "joint_blocks": ("JointBlock",),
+        "specs": ("build_spec",),
         "unet": ("UNet",),
     },
 )

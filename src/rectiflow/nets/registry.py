@@ -52,6 +52,12 @@ _LATENTS = (16, 128, 128)
 # what 192 (384) would.
 _POSITIONS = {"max_size": 192, "position_scale": 64 / 192}
 
+
+def _slim(width: int, multipliers: tuple[int, ...], blocks: int, parameters: int) -> Size:
+    config = {"width": width, "multipliers": multipliers, "blocks": blocks, "attention": (16,)}
+    return Size("unet", config, (3, 32, 32), parameters, "32x32, a small student")
+
+
 sizes: dict[str, Size] = {
     "mlp-2d": Size("mlp", {"width": 64, "depth": 2}, (2,), 29_314, "points in the plane"),
     "mlp-digits": Size("mlp", {"width": 512, "depth": 2}, (1, 8, 8), 1_186_432, "8x8 digits"),
@@ -84,6 +90,11 @@ sizes: dict[str, Size] = {
         61_804_419,
         "32x32, the paper's DDPM++",
     ),
+    # The sizes of SlimFlow's students (arXiv 2407.12718), beside their 61.8 million teacher above.
+    "unet-28m": _slim(128, (1, 2, 2), 2, 27_906_179),
+    "unet-16m": _slim(96, (1, 2, 2), 2, 15_707_235),
+    "unet-7m": _slim(64, (1, 2, 2), 2, 6_989_891),
+    "unet-3m": _slim(64, (1, 1, 2), 1, 3_437_123),
     "unet-256": Size(
         "unet",
         {"width": 128, "multipliers": (1, 1, 2, 2, 2, 2, 2), "blocks": 2, "attention": (16,)},

@@ -42,7 +42,11 @@ class Phase:
 
 
 class Method(Protocol):
-    """What a trainer can train."""
+    """What a trainer can train.
+
+    A method may also have `check_training(settings)`: the trainer calls it with its settings
+    before anything else, and it raises ValueError for a training that cannot give its model.
+    """
 
     @property
     def model(self) -> FlowModel:

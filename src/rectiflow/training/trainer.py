@@ -116,6 +116,9 @@ class Trainer:
         require("app", "accelerate")
         self.method = method
         self.settings = settings if settings is not None else TrainerSettings()
+        check = getattr(method, "check_training", None)
+        if check is not None:
+            check(self.settings)
         self.folder = Path(folder) if folder is not None else None
         self.title, self.callbacks = title, list(callbacks)
         self.accelerator = accelerator if accelerator is not None else self._make_accelerator()

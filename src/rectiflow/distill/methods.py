@@ -1,0 +1,291 @@
+"""The few-step methods by name: what each is for, what it needs, and how it is made.
+
+The commands `rectiflow reflow` and `rectiflow distill`, their flags, the lineage of models and the
+tests read this one table. A method joins by an entry; its own settings are a dataclass derived
+from `Options`, whose fields become the flags `--NAME.FIELD`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rectiflow.errors import positive, unknown
+
+if TYPE_CHECKING:
+    from rectiflow.flows.couplings import Coupling
+    from rectiflow.flows.fields import FlowModel
+    from rectiflow.flows.premetrics import Premetric
+    from rectiflow.flows.times import TimeSampler
+    from rectiflow.training.method import Method
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings that one method has for itself; none, here."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the lineage of a model says of them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen for every method.
+
+    Attributes:
+        steps: training steps.
+        student: the model to train instead of a copy of the teacher.
+        times: which times are looked at; the method's own by default.
+        premetric: how far a prediction is from what was wanted; L2 by default.
+        guided: a guided field around the teacher.
+        condition_dropout: share of samples trained on the null condition.
+        options: the method's own settings.
+    """
+
+    steps: int = 4000
+    student: FlowModel | None = None
+    times: TimeSampler | None = None
+    premetric: Premetric | None = None
+    guided: Any = None
+    condition_dropout: float = 0.0
+    options: Any = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class FewStepMethod:
+    """A row of the table.
+
+    Attributes:
+        name: what users call it.
+        command: "reflow" (the result is a straighter flow) or "distill" (a few-step generator).
+        summary: one line.
+        build: makes the method of a teacher, a coupling and the choices.
+        systems: the systems of the catalog that it uses.
+        options: the class of its own settings.
+        lineage: its name in the lineage of models; the method's name by default.
+        pairs: whether it trains on pairs of the teacher; on the data otherwise.
+        times: whether a time sampler can be chosen.
+        student: whether a student of another size is "possible", "needed" or "impossible".
+        keeps_path: whether a student with random weights is put on the teacher's path; on
+            straight lines otherwise.
+        one_path: whether teacher and student must be on the same path.
+    """
+
+    name: str
+    command: str
+    summary: str
+    build: Callable[[FlowModel, Coupling, Choices], Method]
+    systems: tuple[str, ...] = ("rectified-flow",)
+    options: type[Options] = Options
+    lineage: str = ""
+    pairs: bool = True
+    times: bool = True
+    student: str = "possible"
+    keeps_path: bool = False
+    one_path: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name as an identifier."""
+        return self.name.replace("-", "_")
+
+    def entry(self, options: Options) -> dict[str, Any]:
+        """What the lineage of its model says."""
+        return {
+            "method": self.lineage or self.name,
+            **options.facts(),
+            "systems": list(self.systems),
+        }
+
+    def make(self, teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+        """The method, or an error that says why these choices do not go together.
+
+        Raises:
+            ValueError: a student that is missing or impossible, times where the method has its
+                own, or paths that differ where they must not.
+        """
+        if choices.student is None and self.student == "needed":
+            raise ValueError(
+                f"{self.name} trains a student of its own from random weights: name one, such as "
+                "unet-7m or mlp:width=48,depth=2"
+            )
+        if choices.student is not None and self.student == "impossible":
+            raise ValueError(f"{self.name} goes on from the teacher's weights: leave out a student")
+        if choices.times is not None and not self.times:
+            raise ValueError(
+                f"{self.name} looks only at the times where its steps start: leave out a time "
+                "sampler"
+            )
+        start = choices.student if choices.student is not None else teacher
+        if self.one_path and start.path != teacher.path:
+            raise ValueError(
+                f"{self.name} needs teacher and student on one path, got {teacher.path.name!r} and "
+                f"{start.path.name!r}: reflow the teacher on the student's path first"
+            )
+        return self.build(teacher, coupling, choices)
+
+
+@dataclass(frozen=True)
+class AnnealingOptions(Options):
+    """Settings of annealing reflow."""
+
+    schedule: str = "linear"
+    """Fading of fresh noise: linear, cosine or exponential, with :STEPS or :SHARE%; constant:B."""
+
+
+@dataclass(frozen=True)
+class OneStepOptions(Options):
+    """Settings of one-step distillation."""
+
+    steps: int = 1
+    """Steps the student is made for."""
+    encoder: bool = False
+    """Train the one-step encoder (data to noise) instead."""
+
+    def __post_init__(self) -> None:
+        positive("steps", self.steps)
+
+    def facts(self) -> dict[str, Any]:
+        if self.encoder:
+            return {"method": "encoder", "student_steps": self.steps}
+        return {"student_steps": self.steps}
+
+
+@dataclass(frozen=True)
+class FlowGuidedOptions(Options):
+    """Settings of flow-guided distillation."""
+
+    first_step: str = "student"
+    """Who takes the first of the two steps: student or teacher."""
+    u_range: tuple[float, float] = (0.2, 0.8)
+    """Where the first step may end."""
+    weight: float = 1.0
+    """Weight of the two-step loss."""
+
+
+def _reflow(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.reflow import Reflow
+
+    return Reflow(
+        choices.student if choices.student is not None else teacher,
+        coupling,
+        times=choices.times,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+def _annealing(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.annealing_reflow import AnnealingReflow
+    from rectiflow.flows.annealing import parse_schedule
+
+    assert choices.student is not None
+    return AnnealingReflow(
+        teacher,
+        coupling,
+        student=choices.student,
+        schedule=parse_schedule(choices.options.schedule, choices.steps),
+        times=choices.times,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+def _one_step(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.one_step import OneStepDistillation
+
+    return OneStepDistillation(
+        choices.student if choices.student is not None else teacher,
+        coupling,
+        steps=choices.options.steps,
+        encoder=choices.options.encoder,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+def _flow_guided(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.flow_guided import FlowGuidedDistillation
+
+    return FlowGuidedDistillation(
+        teacher,
+        coupling,
+        student=choices.student,
+        guided=choices.guided,
+        weight=choices.options.weight,
+        first_step=choices.options.first_step,
+        u_range=choices.options.u_range,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+_ENTRIES = (
+    FewStepMethod(
+        "reflow",
+        "reflow",
+        "train on the teacher's own pairs, so that its paths straighten",
+        _reflow,
+        keeps_path=True,
+    ),
+    FewStepMethod(
+        "annealing",
+        "reflow",
+        "train a small student from random weights on pairs that fade from independent to paired",
+        _annealing,
+        systems=("rectified-flow", "slimflow"),
+        options=AnnealingOptions,
+        student="needed",
+    ),
+    FewStepMethod(
+        "one-step",
+        "distill",
+        "reach the ends of the pairs in one step, or in k",
+        _one_step,
+        options=OneStepOptions,
+        lineage="distil",
+        times=False,
+    ),
+    FewStepMethod(
+        "flow-guided",
+        "distill",
+        "one-step distillation that also agrees with two steps of the teacher from fresh noise",
+        _flow_guided,
+        systems=("rectified-flow", "slimflow"),
+        options=FlowGuidedOptions,
+        times=False,
+        one_path=True,
+    ),
+)
+METHODS: dict[str, FewStepMethod] = {entry.name: entry for entry in _ENTRIES}
+
+
+def methods_of(command: str) -> dict[str, FewStepMethod]:
+    """The methods of a command by name, in the order of the table.
+
+    Example:
+        >>> list(methods_of("reflow"))[:2]
+        ['reflow', 'annealing']
+    """
+    return {name: entry for name, entry in METHODS.items() if entry.command == command}
+
+
+def find_method(name: str, command: str) -> FewStepMethod:
+    """The method of a name.
+
+    Raises:
+        ValueError: an unknown name, with the closest one; or one of the other command, named.
+
+    Example:
+        >>> find_method("one-step", "distill").lineage
+        'distil'
+    """
+    if name in METHODS and METHODS[name].command != command:
+        raise ValueError(
+            f"{name} belongs to rectiflow {METHODS[name].command}: {METHODS[name].summary}"
+        )
+    if name not in METHODS:
+        raise unknown("method", name, methods_of(command))
+    return METHODS[name]

@@ -1,0 +1,59 @@
+"""Students of any size: a network of its own beside the teacher's."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.paths import RectifiedPath
+from rectiflow.nets import build_spec
+
+
+def new_student(
+    teacher: FlowModel, student: str | nn.Module, *, keep_path: bool = False, seed: int = 0
+) -> FlowModel:
+    """A model for the teacher's samples and classes, with a network of another size.
+
+    Args:
+        teacher: says shape, classes and data.
+        student: a network, a word such as `unet-7m` or `mlp:width=48,depth=2` for one with random
+            weights, or the folder of a trained model to start from.
+        keep_path: put random weights on the teacher's path, predicting what it predicts; they are
+            on straight lines, predicting velocities, otherwise.
+        seed: decides the random weights.
+
+    Raises:
+        ValueError: an unknown network, a teacher without shape, or a trained model whose samples
+            or classes are not the teacher's.
+
+    Example:
+        >>> from rectiflow.nets import build
+        >>> teacher = FlowModel(build("mlp", shape=(2,), width=64, depth=2), shape=(2,))
+        >>> new_student(teacher, "mlp:width=8,depth=1").net.config["width"]
+        8
+    """
+    if teacher.shape is None:
+        raise ValueError("the teacher does not know its sample shape: set shape=")
+    classes = int(getattr(teacher.net, "classes", 0))
+    if isinstance(student, str) and FilePath(student).is_dir():
+        model = FlowModel.from_pretrained(student)
+        theirs = int(getattr(model.net, "classes", 0))
+        if (model.shape, theirs) != (teacher.shape, classes):
+            raise ValueError(
+                f"the student {student} makes samples of shape {model.shape} with {theirs} "
+                f"classes, the teacher {teacher.shape} with {classes}: take a student of the same "
+                "data"
+            )
+        return model
+    if isinstance(student, str):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = build_spec(student, shape=teacher.shape, classes=classes)
+    options: dict[str, Any] = {"path": RectifiedPath()}
+    if keep_path:
+        options = {"path": teacher.path, "prediction": teacher.prediction}
+    return FlowModel(student, shape=teacher.shape, data=teacher.data, **options)

@@ -1,0 +1,53 @@
+"""Networks from words, such as `unet-7m` or `mlp:width=48,depth=2`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rectiflow.nets.registry import build
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def build_spec(text: str, *, shape: Sequence[int], classes: int = 0) -> nn.Module:
+    """Make a network from a name and plain arguments in one word.
+
+    Args:
+        text: a net or size, and after a colon its arguments: `unet:width=96,multipliers=1-2-2`.
+            Numbers joined by hyphens make a tuple.
+        shape: the shape of one sample.
+        classes: number of class labels; 0 for an unconditional network.
+
+    Raises:
+        ValueError: an unknown name or argument, or an argument without a value.
+
+    Example:
+        >>> net = build_spec("mlp:width=48,depth=2,activation=gelu", shape=(2,))
+        >>> net.config["width"], net.config["activation"]
+        (48, 'gelu')
+    """
+    name, _, rest = text.partition(":")
+    config: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise ValueError(f"the network {text!r} needs arguments like width=48, got {part!r}")
+        config[key] = _value(value)
+    given = {"shape": tuple(shape), "classes": classes} if classes else {"shape": tuple(shape)}
+    return build(name, **config, **given)
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, a tuple of whole numbers or the word itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    if "-" in text.strip("-") and text.replace("-", "").isdigit():
+        return tuple(int(one) for one in text.split("-"))
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
