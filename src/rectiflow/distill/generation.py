@@ -326,7 +326,7 @@ def _rows_digest(used: dict[str, Tensor], *data: Data | None) -> str:
 def describe_field(field: Any) -> str:
     """Name and plain parameters of a guided field, such as `APG(scale=7.5)`."""
     name = getattr(field, "__qualname__", type(field).__qualname__)
-    plain = (bool, int, float, str)
+    plain = (bool, int, float, str, tuple)
     values = {k: v for k, v in getattr(field, "__dict__", {}).items() if isinstance(v, plain)}
     inside = ", ".join(f"{k}={v!r}" for k, v in values.items() if not k.startswith("_"))
     return f"{name}({inside})"

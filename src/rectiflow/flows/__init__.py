@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "adaptive": ("DormandPrince",),
         "compiled": ("CompiledSampler",),
         "fields": ("Counted", "Field", "FlowModel"),
+        "guidance": ("ClassifierFree", "SkipLayers"),
         "integration": ("Step", "Trajectory", "integrate", "uniform_times"),
         "paths": (
             "ConstantSpeedVPPath",
