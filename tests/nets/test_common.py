@@ -12,6 +12,11 @@ from rectiflow.nets.registry import NETS
 
 SMALL = {
     "mlp": {"shape": (1, 8, 8), "width": 16, "depth": 2, "time_features": 8},
+    "stacked": {
+        "shape": (1, 8, 8),
+        "first": {"name": "mlp", "width": 16, "depth": 1, "time_features": 8},
+        "second": {"name": "mlp", "width": 8, "depth": 2, "time_features": 8},
+    },
     "unet": {
         "shape": (1, 8, 8),
         "width": 8,

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "embeddings": ("LabelEmbedding", "TimeEmbedding"),
         "blocks": ("ResidualBlock", "SelfAttention"),
         "mlp": ("MLP",),
+        "stacked": ("Stacked",),
         "unet": ("UNet",),
     },
 )

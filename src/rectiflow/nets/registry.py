@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 NETS: dict[str, tuple[str, str]] = {
     "mlp": ("rectiflow.nets.mlp", "MLP"),
+    "stacked": ("rectiflow.nets.stacked", "Stacked"),
     "unet": ("rectiflow.nets.unet", "UNet"),
+}
+
+# Built by other rooms; named here so that model folders open without importing them first.
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "diffusers": ("rectiflow.interop.diffusers.networks", "PipelineNet"),
+    "lora": ("rectiflow.distill.lora", "AdaptedNet"),
 }
 
 
@@ -92,7 +99,7 @@ def names() -> list[str]:
         >>> "unet" in names() and "unet-s" in names()
         True
     """
-    return sorted({*NETS, *sizes, *_registered})
+    return sorted({*NETS, *ADAPTERS, *sizes, *_registered})
 
 
 def build(name: str, **config: Any) -> nn.Module:
@@ -152,9 +159,9 @@ def register(name: str, factory: Callable[..., nn.Module], *, replace: bool = Fa
 def _factory(name: str) -> Callable[..., nn.Module]:
     if name in _registered:
         return _registered[name]
-    if name not in NETS:
+    if name not in NETS and name not in ADAPTERS:
         raise errors.unknown("net", name, names())
-    module, attribute = NETS[name]
+    module, attribute = {**NETS, **ADAPTERS}[name]
     return getattr(importlib.import_module(module), attribute)
 
 
