@@ -49,7 +49,7 @@ def to_pipeline(model: FlowModel, pipe: Any) -> Any:
             f"only models of from_pipeline fit a pipeline, got a {type(net).__name__}: stacked and "
             "other networks have no place in it"
         )
-    if net.family is not family:
+    if net.family.key != family.key:
         raise ValueError(f"the model is of a {net.family.pipeline}, got a {family.pipeline}")
     module = copy.deepcopy(net.module).eval()
     if isinstance(net.reading, FlowReading) and net.reading.toward == "data":
