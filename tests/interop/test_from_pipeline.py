@@ -119,8 +119,7 @@ def test_analytic_and_native_are_one_flow_in_two_coordinates(output: str) -> Non
     pipe = sd(ddim(prediction_type=output))
     native, analytic = from_pipeline(pipe), from_pipeline(pipe, init="analytic")
     given, y = condition("sd"), noises()
-    # Between timesteps: at one, the interpolated table has a kink.
-    t = 1 - torch.tensor([300.4, 700.6]) / 999
+    t = native.path.time(torch.tensor([300.4, 700.6]))
     alpha, sigma = native.path.alpha(t), native.path.sigma(t)
     slope = native.path.dalpha(t) / (alpha * sigma**2)  # of log(alpha / sigma)
     u = alpha / (alpha + sigma)
@@ -142,7 +141,7 @@ def test_predictions_agree_with_the_scheduler(output: str) -> None:
         raw = pipe.unet(x, 400, encoder_hidden_states=given["context"]).sample
         pipe.scheduler.set_timesteps(10)
         expected = pipe.scheduler.step(raw, torch.tensor(400), x).pred_original_sample
-        ours = model.denoise(x, torch.full((2,), 1 - 400 / 999), **given)
+        ours = model.denoise(x, model.path.time(torch.full((2,), 400.0)), **given)
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
             "VariancePreservingPath",
         ),
         "sampling": ("sample",),
-        "schedules": ("TablePath",),
+        "tables": ("TablePath",),
         "stochastic": ("StochasticEuler",),
         "couplings": ("Independent", "LivePairs", "MinibatchOT", "Pairs", "StoredPairs"),
         "pair_store": ("PairStore",),

@@ -14,7 +14,7 @@ import torch
 
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.paths import Path, RectifiedPath, expand
-from rectiflow.flows.schedules import TablePath
+from rectiflow.flows.tables import TablePath
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -93,7 +93,7 @@ class TableReading:
     def __call__(
         self, raw: Raw, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"]
     ) -> Float[Tensor, "b *dims"]:
-        output = raw(x, self.path.last * (1 - t))
+        output = raw(x, self.path.index(t))
         if self.output != "v_prediction":
             return output
         time = expand(t, x)
@@ -140,10 +140,10 @@ class AnalyticReading:
         """Our time of a timestep of the table.
 
         Example:
-            >>> round(AnalyticReading((0.9, 0.5, 0.1)).time(1), 6)
+            >>> round(AnalyticReading((0.9, 0.5, 0.1)).time(1.0), 6)
             0.5
         """
-        at = torch.tensor(1 - timestep / self.table.last, dtype=torch.float64)
+        at = self.table.time(torch.tensor(timestep, dtype=torch.float64))
         return float(torch.sigmoid(self.table.log_snr(at)))
 
     def __call__(
@@ -152,11 +152,11 @@ class AnalyticReading:
         # Not in half precision: timesteps near the ends would be lost.
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         ratio = torch.logit(t, 1e-7)
-        timestep = self.table.timestep(ratio)
+        timestep = self.table.index_at(ratio)
         time = expand(t, x)
         state = x / (time.square() + (1 - time).square()).sqrt()
         output = raw(state.to(x.dtype), timestep)
-        inside = expand(self.table.log_snr(1 - timestep / self.table.last), x)
+        inside = expand(self.table.log_snr(self.table.time(timestep)), x)
         alpha, sigma = torch.sigmoid(2 * inside).sqrt(), torch.sigmoid(-2 * inside).sqrt()
         if self.output == "epsilon":
             noise, data = output, (state - sigma * output) / alpha
@@ -164,7 +164,7 @@ class AnalyticReading:
             noise, data = (state - alpha * output) / sigma, output
         else:
             noise, data = alpha * output + sigma * state, alpha * state - sigma * output
-        start, stop = self.time(self.table.last), self.time(0)
+        start, stop = self.time(self.table.count - 1.0), self.time(0.0)
         early = (data - x) / (1 - time).clamp(min=1e-3)
         late = (x - noise) / time.clamp(min=1e-3)
         velocity = torch.where(time < start, early, torch.where(time > stop, late, data - noise))

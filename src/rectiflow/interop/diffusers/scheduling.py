@@ -114,7 +114,7 @@ def _ddim_times(scheduler: Any, family: Family, steps: int) -> list[float]:
     assert isinstance(reading, AnalyticReading)
     twin = DDIMScheduler.from_config(scheduler.config)
     twin.set_timesteps(steps)
-    last = 1.0 if twin.config.set_alpha_to_one else reading.time(0)
+    last = 1.0 if twin.config.set_alpha_to_one else reading.time(0.0)
     times = [reading.time(float(step)) for step in twin.timesteps]
     # The last timestep may be the table's first, which is then already the end.
     return [*[t for t in times if t < last], last]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rectiflow.flows import FlowModel, RectifiedPath, TablePath
-from rectiflow.flows.schedules import MOST_LOG_SNR, build
+from rectiflow.flows.tables import MOST_LOG_SNR, build
 
 
 def scaled_linear(count: int = 1000) -> tuple[float, ...]:
@@ -19,11 +19,12 @@ def test_coefficients_are_those_of_the_table() -> None:
     table = scaled_linear()
     path = TablePath(table)
     steps = torch.tensor([0.0, 1, 499, 998, 999], dtype=torch.float64)
-    found = path.alpha(1 - steps / 999).square()
+    found = path.alpha(path.time(steps)).square()
     torch.testing.assert_close(found, torch.tensor([table[int(k)] for k in steps]).double())
     # The values that the specification of the paper gives.
     assert found[2].item() == pytest.approx(0.2777, abs=1e-4)
     assert found[4].item() == pytest.approx(0.00466, abs=1e-5)
+    torch.testing.assert_close(path.index(path.time(steps)), steps)
     t = torch.linspace(0, 1, 501, dtype=torch.float64)
     torch.testing.assert_close(path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t))
 
@@ -31,18 +32,18 @@ def test_coefficients_are_those_of_the_table() -> None:
 def test_derivatives_are_those_of_the_coefficients() -> None:
     path = TablePath(scaled_linear(50))
     # Between timesteps, where the interpolation is smooth.
-    t = (torch.arange(49, dtype=torch.float64) + 0.37) / 49
+    t = (torch.arange(49, dtype=torch.float64) + 0.37) / 50
     for value, slope in ((path.alpha, path.dalpha), (path.sigma, path.dsigma)):
         numeric = (value(t + 1e-6) - value(t - 1e-6)) / 2e-6
         torch.testing.assert_close(slope(t), numeric, atol=1e-7, rtol=1e-7)
 
 
-def test_timestep_inverts_the_log_ratio() -> None:
+def test_index_inverts_the_log_ratio() -> None:
     path = TablePath(scaled_linear())
     steps = torch.tensor([0.0, 0.25, 1, 7.5, 500, 998.9, 999], dtype=torch.float64)
-    torch.testing.assert_close(path.timestep(path.log_snr(1 - steps / 999)), steps)
+    torch.testing.assert_close(path.index_at(path.log_snr(path.time(steps))), steps)
     beyond = torch.tensor([99.0, -99.0], dtype=torch.float64)
-    assert path.timestep(beyond).tolist() == [0, 999]
+    assert path.index_at(beyond).tolist() == [0, 999]
 
 
 def test_conversions_agree_on_the_path() -> None:
@@ -68,6 +69,7 @@ def test_pure_ends_are_held_finite() -> None:
     path = TablePath((1.0, 0.5, 0.0))
     t = torch.tensor([0.0, 1.0])
     torch.testing.assert_close(path.alpha(t), torch.tensor([1e-5, 1.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(path.sigma(t), torch.tensor([1.0, 1e-5]), atol=1e-6, rtol=0)
     assert path.log_snr(t).tolist() == [-MOST_LOG_SNR, MOST_LOG_SNR]
     assert path.dsigma(t).isfinite().all()
 

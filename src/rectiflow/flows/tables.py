@@ -23,11 +23,12 @@ MOST_LOG_SNR = 11.5
 class TablePath(Path):
     """A variance-preserving path through a table `alpha_bar[k]`, k = 0 (data) to n - 1 (noise).
 
-    Time t is timestep `k = (n - 1)(1 - t)`; there `alpha² = alpha_bar[k]` and `alpha² + sigma² =
-    1`. Between timesteps the logarithm of `alpha / sigma` is interpolated linearly, so both
-    coefficients and their derivatives keep all digits at both ends. Neither end is pure: data keep
-    the noise of timestep 0, noise the signal of the last one. A table that ends in pure noise is
-    held at `alpha = 1e-5`.
+    Index k = 0 (least noise) to n - 1 lies at `t = 1 - (k + 1) / n`, where `alpha² =
+    alpha_bar[k]` and `alpha² + sigma² = 1`; t = 1 is one step beyond index 0 and holds clean data
+    (`sigma = 1e-5`). Between indices the logarithm of `alpha / sigma` is interpolated linearly, so
+    both coefficients and their derivatives keep all digits at both ends. A table that ends in pure
+    noise is held at `alpha = 1e-5`; any other keeps a little of the data at t = 0 in training,
+    while sampling starts from noise alone, at full strength.
 
     Args:
         alpha_bar: the scheduler's `alphas_cumprod`: two or more falling numbers in [0, 1].
@@ -36,9 +37,9 @@ class TablePath(Path):
         ValueError: a table that does not fall, or is out of range.
 
     Example:
-        >>> path = TablePath((0.9, 0.5, 0.1))
-        >>> path.alpha(torch.tensor([0.0, 0.5, 1.0])).square()
-        tensor([0.1000, 0.5000, 0.9000])
+        >>> path = TablePath((0.9, 0.5, 0.2, 0.1))
+        >>> path.alpha(torch.tensor([0.0, 0.25, 0.5, 0.75])).square()
+        tensor([0.1000, 0.2000, 0.5000, 0.9000])
 
     Source: arXiv 2006.11239, section 2 (the table); arXiv 2206.00927, appendix D.4 (log ratio).
     """
@@ -55,23 +56,35 @@ class TablePath(Path):
                 f"{float(table[0]) if len(table) else float('nan'):g}: give alphas_cumprod"
             )
         object.__setattr__(self, "alpha_bar", tuple(table.tolist()))
-        ratios = 0.5 * torch.logit(table)
+        ratios = torch.cat([table.new_ones(1) * torch.inf, 0.5 * torch.logit(table)])
         object.__setattr__(self, "_log_snr", ratios.clamp(-MOST_LOG_SNR, MOST_LOG_SNR))
 
     @property
-    def last(self) -> int:
-        """The timestep of pure noise, n - 1."""
-        return len(self.alpha_bar) - 1
+    def count(self) -> int:
+        """n, the number of indices."""
+        return len(self.alpha_bar)
+
+    def time(self, index: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The time of (fractional) indices."""
+        return 1 - (index + 1) / self.count
+
+    def index(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The (fractional) index at times, as a network of the discrete diffusion expects it."""
+        return (self.count * (1 - t.double()) - 1).clamp(min=0).to(t.dtype)
+
+    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
+        """The state at t = 0 for a source alone: the source, at the variance of the path."""
+        return source
 
     def log_snr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """`log(alpha / sigma)` at times t."""
         return self._interpolate(t)[0]
 
-    def timestep(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """The timestep of a `log(alpha / sigma)`, between 0 and n - 1."""
-        table = self._table(log_snr)
+    def index_at(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The (fractional) index with a `log(alpha / sigma)`, between 0 and n - 1."""
+        table = self._table(log_snr)[1:]
         place = torch.searchsorted(-table, -log_snr.detach().contiguous())
-        low = (place - 1).clamp(0, self.last - 1)
+        low = (place - 1).clamp(0, self.count - 2)
         part = (table[low] - log_snr) / (table[low] - table[low + 1])
         return low + part.clamp(0, 1)
 
@@ -96,10 +109,10 @@ class TablePath(Path):
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The log ratio and its derivative in t."""
         table = self._table(t)
-        place = (1 - t) * self.last
-        low = place.detach().floor().clamp(0, self.last - 1).long()
+        place = (1 - t) * self.count
+        low = place.detach().floor().clamp(0, self.count - 1).long()
         rise = table[low + 1] - table[low]
-        return table[low] + (place - low) * rise, -self.last * rise
+        return table[low] + (place - low) * rise, -self.count * rise
 
 
 def build(name: str, **config: Any) -> Path:
