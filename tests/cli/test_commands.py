@@ -50,7 +50,7 @@ def fails(words: list[str], capsys) -> str:
 def test_chain_leaves_models_with_lineage(chain):
     one = FlowModel.from_pretrained(chain / "one/model")
     assert [entry["method"] for entry in one.lineage] == ["flow", "reflow", "distil"]
-    assert one.sampling == {"solver": "euler", "steps": 1}
+    assert one.sampling == {"solver": "euler", "steps": 1, "made_for": 1}
     assert one.data["spec"] == "digits"
     record = json.loads((chain / "one/run.json").read_text())
     assert record["status"] == "done"

@@ -83,7 +83,7 @@ def test_k_step_distillation_looks_only_at_the_starts_of_steps():
     )
     method.loss(Draw.of(400))
     assert sorted(set(seen[0].tolist())) == [0.0, 0.25, 0.5, 0.75]
-    assert method.model.sampling == {"solver": "euler", "steps": 4}
+    assert method.model.sampling == {"solver": "euler", "steps": 4, "made_for": 4}
 
 
 def test_encoder_looks_only_at_the_data_end():

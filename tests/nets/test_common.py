@@ -20,6 +20,11 @@ SMALL = {
         "qk_norm": "rms",
         "dual_layers": (0,),
     },
+    "stacked": {
+        "shape": (1, 8, 8),
+        "first": {"name": "mlp", "width": 16, "depth": 1, "time_features": 8},
+        "second": {"name": "mlp", "width": 8, "depth": 2, "time_features": 8},
+    },
     "unet": {
         "shape": (1, 8, 8),
         "width": 8,

@@ -59,7 +59,7 @@ class OneStepDistillation(FlowMatching):
             options["premetric"] = premetric
         times = Discrete((1.0,)) if encoder else Discrete.grid(steps)
         student = student_of(teacher)
-        student.sampling = {"solver": "euler", "steps": steps}
+        student.sampling = {"solver": "euler", "steps": steps, "made_for": steps}
         if encoder:
             student.sampling["steps"] = [1.0, 0.0]
         super().__init__(student, coupling, times=times, **options)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+from rectiflow.distill.lora import only_adapters
 from rectiflow.flows.couplings import Coupling
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.premetrics import Premetric
@@ -60,8 +61,8 @@ class Reflow(FlowMatching):
 
 
 def student_of(teacher: FlowModel) -> FlowModel:
-    """A trainable copy of a model."""
-    return copy.deepcopy(teacher).requires_grad_(True).train()
+    """A trainable copy of a model; of one with adapters, these alone are trained."""
+    return only_adapters(copy.deepcopy(teacher).requires_grad_(True)).train()
 
 
 def reflow_rounds(model: FlowModel) -> int:

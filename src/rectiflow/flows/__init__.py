@@ -45,6 +45,7 @@ __getattr__, __dir__, __all__ = attach(
         "solvers": (),
         "stochastic": ("StochasticEuler",),
         "symmetry": ("PairSymmetry", "Symmetrized"),
+        "tables": ("TablePath",),
         "text_dropout": ("EncoderDropout", "EncoderPart", "SD3_ENCODERS"),
         "time_shift": ("TimeShift", "resolution_shift", "shift_times", "shifted_times"),
         "times": ("Discrete", "TimeSampler", "Uniform"),

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "mmdit": ("MMDiT",),
         "joint_blocks": ("JointBlock",),
         "specs": ("build_spec",),
+        "stacked": ("Stacked",),
         "unet": ("UNet",),
     },
 )

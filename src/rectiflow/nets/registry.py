@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 NETS: dict[str, tuple[str, str]] = {
     "mlp": ("rectiflow.nets.mlp", "MLP"),
     "mmdit": ("rectiflow.nets.mmdit", "MMDiT"),
+    "stacked": ("rectiflow.nets.stacked", "Stacked"),
     "unet": ("rectiflow.nets.unet", "UNet"),
 }
 
-# Networks around other networks: they have no shape of their own.
+# Networks around other networks: they have no shape of their own. Those of other rooms are named
+# here so that model folders open without importing them first.
 WRAPPERS: dict[str, tuple[str, str]] = {
+    "diffusers": ("rectiflow.interop.diffusers.networks", "PipelineNet"),
     "diffusion": ("rectiflow.nets.diffusion", "DiffusionVelocity"),
+    "lora": ("rectiflow.distill.lora", "AdaptedNet"),
 }
 
 

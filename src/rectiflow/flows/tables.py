@@ -1,0 +1,125 @@
+"""The path of a diffusion model whose noise schedule is a table of discrete timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from rectiflow.flows import paths
+from rectiflow.flows.paths import Path
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# Half log signal-to-noise ratios are held within these: alpha or sigma of 1e-5 at the ends.
+MOST_LOG_SNR = 11.5
+
+
+@dataclass(frozen=True)
+class TablePath(Path):
+    """A variance-preserving path through a table `alpha_bar[k]`, k = 0 (data) to n - 1 (noise).
+
+    Index k = 0 (least noise) to n - 1 lies at `t = 1 - (k + 1) / n`, where `alpha² =
+    alpha_bar[k]` and `alpha² + sigma² = 1`; t = 1 is one step beyond index 0 and holds clean data
+    (`sigma = 1e-5`). Between indices the logarithm of `alpha / sigma` is interpolated linearly, so
+    both coefficients and their derivatives keep all digits at both ends. A table that ends in pure
+    noise is held at `alpha = 1e-5`; any other keeps a little of the data at t = 0 in training,
+    while sampling starts from noise alone, at full strength.
+
+    Args:
+        alpha_bar: the scheduler's `alphas_cumprod`: two or more falling numbers in [0, 1].
+
+    Raises:
+        ValueError: a table that does not fall, or is out of range.
+
+    Example:
+        >>> path = TablePath((0.9, 0.5, 0.2, 0.1))
+        >>> path.alpha(torch.tensor([0.0, 0.25, 0.5, 0.75])).square()
+        tensor([0.1000, 0.2000, 0.5000, 0.9000])
+
+    Source: arXiv 2006.11239, section 2 (the table); arXiv 2206.00927, appendix D.4 (log ratio).
+    """
+
+    alpha_bar: Sequence[float]
+    name: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        table = torch.tensor([float(value) for value in self.alpha_bar], dtype=torch.float64)
+        falls = len(table) >= 2 and bool((table[1:] < table[:-1]).all())
+        if not falls or not (table[-1] >= 0 and table[0] <= 1):
+            raise ValueError(
+                f"alpha_bar must be two or more falling numbers in [0, 1], got {len(table)} from "
+                f"{float(table[0]) if len(table) else float('nan'):g}: give alphas_cumprod"
+            )
+        object.__setattr__(self, "alpha_bar", tuple(table.tolist()))
+        ratios = torch.cat([table.new_ones(1) * torch.inf, 0.5 * torch.logit(table)])
+        object.__setattr__(self, "_log_snr", ratios.clamp(-MOST_LOG_SNR, MOST_LOG_SNR))
+
+    @property
+    def count(self) -> int:
+        """n, the number of indices."""
+        return len(self.alpha_bar)
+
+    def time(self, index: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The time of (fractional) indices."""
+        return 1 - (index + 1) / self.count
+
+    def index(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The (fractional) index at times, as a network of the discrete diffusion expects it."""
+        return (self.count * (1 - t.double()) - 1).clamp(min=0).to(t.dtype)
+
+    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
+        """The state at t = 0 for a source alone: the source, at the variance of the path."""
+        return source
+
+    def log_snr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """`log(alpha / sigma)` at times t."""
+        return self._interpolate(t)[0]
+
+    def index_at(self, log_snr: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The (fractional) index with a `log(alpha / sigma)`, between 0 and n - 1."""
+        table = self._table(log_snr)[1:]
+        place = torch.searchsorted(-table, -log_snr.detach().contiguous())
+        low = (place - 1).clamp(0, self.count - 2)
+        part = (table[low] - log_snr) / (table[low] - table[low + 1])
+        return low + part.clamp(0, 1)
+
+    def alpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(2 * self.log_snr(t)).sqrt()
+
+    def sigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(-2 * self.log_snr(t)).sqrt()
+
+    def dalpha(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        ratio, slope = self._interpolate(t)
+        return torch.sigmoid(2 * ratio).sqrt() * torch.sigmoid(-2 * ratio) * slope
+
+    def dsigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        ratio, slope = self._interpolate(t)
+        return -torch.sigmoid(-2 * ratio).sqrt() * torch.sigmoid(2 * ratio) * slope
+
+    def _table(self, like: Tensor) -> Tensor:
+        table: Tensor = self._log_snr  # type: ignore[attr-defined]
+        return table.to(like.device, like.dtype)
+
+    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The log ratio and its derivative in t."""
+        table = self._table(t)
+        place = (1 - t) * self.count
+        low = place.detach().floor().clamp(0, self.count - 1).long()
+        rise = table[low + 1] - table[low]
+        return table[low] + (place - low) * rise, -self.count * rise
+
+
+def build(name: str, **config: Any) -> Path:
+    """The path of a name and its parameters, tables included.
+
+    Example:
+        >>> build("table", alpha_bar=[0.9, 0.1]).last
+        1
+    """
+    return TablePath(**config) if name == TablePath.name else paths.build(name, **config)

@@ -1,0 +1,18 @@
+"""Diffusers pipelines as flow models, and flow models as stock diffusers pipelines."""
+
+from rectiflow._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "exporting": ("to_pipeline",),
+        "families": ("open_pipeline",),
+        "latents": ("decode_latents", "encode_images"),
+        "loading": ("from_pipeline",),
+        "networks": ("PipelineNet",),
+        "prompt_files": ("read_prompts",),
+        "prompts": ("PromptTable", "encode_prompts", "with_prompts"),
+        "readings": ("AnalyticReading", "FlowReading", "TableReading"),
+        "scheduling": ("stock_times",),
+    },
+)
