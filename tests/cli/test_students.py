@@ -64,7 +64,7 @@ def test_annealing_makes_a_small_student(models, tmp_path):
     assert student.net.config["width"] == 8
     first, second = student.lineage
     assert first["method"] == "flow"
-    expected = {"method": "annealing", "schedule": "cosine:2", "student": SMALL, "premetric": "l2"}
+    expected = {"method": "annealing", "schedule": "cosine:2", "student": SMALL}
     assert expected.items() <= second.items()
     assert second["systems"] == ["rectified-flow", "slimflow"]
     record = json.loads((tmp_path / "a/run.json").read_text())

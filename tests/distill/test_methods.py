@@ -100,7 +100,7 @@ def test_incompatible_choices_are_refused_with_a_reason():
     model = teacher()
     with pytest.raises(ValueError, match=r"annealing trains a student of its own .* name one"):
         METHODS["annealing"].make(model, LivePairs(model), Choices())
-    with pytest.raises(ValueError, match="one-step looks only at the times where its steps start"):
+    with pytest.raises(ValueError, match="one-step looks only at times of its own"):
         made("one-step", times=Uniform())
     curved = teacher(VariancePreservingPath())
     with pytest.raises(ValueError, match="flow-guided needs teacher and student on one path"):

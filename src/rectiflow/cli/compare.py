@@ -43,7 +43,7 @@ class Settings(ScoreOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="compare", summary=COMMANDS["compare"].summary)
-    from rectiflow.cli.compare_report import compare, write
+    from rectiflow.distill.comparison_page import compare, write
     from rectiflow.training.comparison import check_comparable, read_models
     from rectiflow.training.runs import Run, new_folder
 

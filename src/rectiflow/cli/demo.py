@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> int:
 
 def demonstrate(settings: Settings, chain: ChainSettings, train: Any, test: Any, run: Any) -> None:
     """Run the chain, score every model, write pictures and report, print the table."""
-    from rectiflow.cli.demo_report import draw, print_table, score, write
     from rectiflow.distill.chain import make_one_step
+    from rectiflow.distill.chain_page import draw, print_table, score, write
     from rectiflow.files import cache_folder, write_json
     from rectiflow.training.evaluation import Evaluator
 

@@ -44,8 +44,9 @@ class StudentOptions(OutputOptions, TrainerSettings):
     """Scale of classifier-free guidance of the teacher (conditional teachers only)."""
     hflip: bool = False
     """Mirror half of the pairs left to right (teachers trained with flips only)."""
-    premetric: str = "l2"
-    """Loss of a sample: l2, pseudo-huber, pseudo-huber:C, ..."""
+    premetric: str | None = None
+    """Loss of a sample: l2, pseudo-huber, pseudo-huber:C, noise-l2, data-pseudo-huber:C; the
+    method's own by default (l2 for most)."""
     times: str | None = None
     """Which times are looked at: uniform, uniform:LOW:HIGH, u-shaped:A, logit-normal:MEAN:STD, ...;
     the method's own by default."""
@@ -71,8 +72,8 @@ class StudentOptions(OutputOptions, TrainerSettings):
                 )
         if self.loss_weight is not None and not chosen.times:
             raise ValueError(
-                f"{chosen.name} looks only at the times where its steps start, so --loss-weight "
-                "would scale the learning rate: leave it out"
+                f"{chosen.name} looks only at times of its own, so --loss-weight has no meaning: "
+                "leave it out"
             )
         if not chosen.pairs and (self.pairs is not None or self.hflip):
             raise ValueError(
@@ -110,12 +111,13 @@ class StudentOptions(OutputOptions, TrainerSettings):
         return PairSymmetry(found) if self.hflip else found
 
     def loss(self) -> Any:
-        """The premetric."""
+        """The premetric, or None for the method's own."""
         from rectiflow.flows.specs import parse_premetric
         from rectiflow.flows.weights import Weighted
 
-        plain = parse_premetric(self.premetric)
-        return plain if self.loss_weight is None else Weighted(plain, self.loss_weight)
+        if self.loss_weight is not None:
+            return Weighted(parse_premetric(self.premetric or "l2"), self.loss_weight)
+        return None if self.premetric is None else parse_premetric(self.premetric)
 
     def sampler(self) -> Any:
         """The time sampler, or None for the method's own."""

@@ -38,7 +38,7 @@ class Choices:
         steps: training steps.
         student: the model to train instead of a copy of the teacher.
         times: which times are looked at; the method's own by default.
-        premetric: how far a prediction is from what was wanted; L2 by default.
+        premetric: how far a prediction is from what was wanted; the method's own by default.
         guided: a guided field around the teacher.
         condition_dropout: share of samples trained on the null condition.
         options: the method's own settings.
@@ -115,8 +115,7 @@ class FewStepMethod:
             raise ValueError(f"{self.name} goes on from the teacher's weights: leave out a student")
         if choices.times is not None and not self.times:
             raise ValueError(
-                f"{self.name} looks only at the times where its steps start: leave out a time "
-                "sampler"
+                f"{self.name} looks only at times of its own: leave out a time sampler"
             )
         start = choices.student if choices.student is not None else teacher
         if self.one_path and start.path != teacher.path:
@@ -163,6 +162,46 @@ class FlowGuidedOptions(Options):
     """Where the first step may end."""
     weight: float = 1.0
     """Weight of the two-step loss."""
+
+
+@dataclass(frozen=True)
+class PhasedOptions(Options):
+    """Settings of rectified diffusion in phases."""
+
+    phases: int = 4
+    """Phases, each of which becomes one step."""
+    teacher_steps: int = 40
+    """First-order steps of the teacher over all phases; a multiple of them."""
+
+
+@dataclass(frozen=True)
+class ConsistencyOptions(Options):
+    """Settings of consistency distillation."""
+
+    teacher_steps: int = 50
+    """First-order steps of the teacher from noise to data."""
+    boundary: str = "first-order"
+    """How the estimate meets the state at the data end: first-order or skip."""
+    decay: float = 0.95
+    """Of the moving copy that makes the targets, a step."""
+
+
+@dataclass(frozen=True)
+class MatchingOptions(Options):
+    """Settings of distribution matching."""
+
+    divergence: str = "js"
+    """rkl, sf, js, sh, kl, jf, neyman or pearson."""
+    steps: int = 1
+    """Steps of the generator."""
+    simulate: bool = False
+    """Feed later steps with the generator's own earlier ones, not with noised data."""
+    gan_weight: float = 1e-3
+    """Weight of the adversarial loss."""
+    student_every: int = 5
+    """Steps of fake flow and discriminator for one of the generator."""
+    warmup: int = 0
+    """Steps before the generator's first."""
 
 
 def _reflow(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
@@ -222,6 +261,80 @@ def _flow_guided(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Me
     )
 
 
+def _rectified_diffusion(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.rectified_diffusion import RectifiedDiffusion
+
+    return RectifiedDiffusion(
+        choices.student if choices.student is not None else teacher,
+        coupling,
+        times=choices.times,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+def _phased(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.rectified_diffusion import PhasedRectifiedDiffusion
+    from rectiflow.flows.phased import PhasedPairs
+
+    options = choices.options
+    pairs = PhasedPairs(
+        teacher,
+        _data_of(coupling),
+        phases=options.phases,
+        steps=options.teacher_steps,
+        guided=choices.guided,
+    )
+    return PhasedRectifiedDiffusion(
+        choices.student if choices.student is not None else teacher,
+        pairs,
+        times=choices.times,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout,
+    )
+
+
+def _consistency(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.consistency import ConsistencyDistillation
+
+    return ConsistencyDistillation(
+        teacher,
+        coupling,
+        steps=choices.options.teacher_steps,
+        boundary=choices.options.boundary,
+        decay=choices.options.decay,
+        guided=choices.guided,
+        premetric=choices.premetric,
+    )
+
+
+def _matching(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.distribution_matching import DistributionMatching
+
+    options = choices.options
+    return DistributionMatching(
+        choices.guided if choices.guided is not None else teacher,
+        coupling,
+        student=choices.student,
+        divergence=options.divergence,
+        steps=options.steps,
+        simulate=options.simulate,
+        times=choices.times,
+        gan_weight=options.gan_weight,
+        premetric=choices.premetric,
+        student_every=options.student_every,
+        warmup=options.warmup,
+    )
+
+
+def _data_of(coupling: Coupling) -> Any:
+    """The data of an independent coupling."""
+    data = getattr(coupling, "data", None)
+    if data is None:
+        raise ValueError(f"phases start from data, got {type(coupling).__name__}: give Independent")
+    return data
+
+
 _ENTRIES = (
     FewStepMethod(
         "reflow",
@@ -238,6 +351,25 @@ _ENTRIES = (
         systems=("rectified-flow", "slimflow"),
         options=AnnealingOptions,
         student="needed",
+    ),
+    FewStepMethod(
+        "rectified-diffusion",
+        "reflow",
+        "reflow in the teacher's own form: any path, any prediction, first-order steps",
+        _rectified_diffusion,
+        systems=("rectified-flow", "rectified-diffusion"),
+        keeps_path=True,
+    ),
+    FewStepMethod(
+        "phased",
+        "reflow",
+        "rectified diffusion in phases of one step each, on data and without pairs",
+        _phased,
+        systems=("rectified-diffusion",),
+        options=PhasedOptions,
+        pairs=False,
+        keeps_path=True,
+        one_path=True,
     ),
     FewStepMethod(
         "one-step",
@@ -257,6 +389,26 @@ _ENTRIES = (
         options=FlowGuidedOptions,
         times=False,
         one_path=True,
+    ),
+    FewStepMethod(
+        "consistency",
+        "distill",
+        "name the same data from every time of the teacher's trajectories, on data",
+        _consistency,
+        systems=("rectified-diffusion",),
+        options=ConsistencyOptions,
+        pairs=False,
+        times=False,
+        student="impossible",
+    ),
+    FewStepMethod(
+        "f-distill",
+        "distill",
+        "match the teacher's distribution under an f-divergence, on data",
+        _matching,
+        systems=("f-distill",),
+        options=MatchingOptions,
+        pairs=False,
     ),
 )
 METHODS: dict[str, FewStepMethod] = {entry.name: entry for entry in _ENTRIES}

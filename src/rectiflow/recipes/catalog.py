@@ -120,7 +120,7 @@ SYSTEMS: tuple[System, ...] = (
          "distill.Reflow distill.generate_pairs flows.metrics.straightness "
          "flows.metrics.transport_cost",
          "Learn an ODE between any two data sets, then straighten it until one step is enough.",
-         recipes="rectified-flow domain-transfer"),
+         recipes="rectified-flow domain-transfer few-step-shootout"),
     _row(2, "rectified-diffusion", "2410.07303",
          "Rectified Diffusion: Straightness Is Not Your Need in Rectified Flow",
          "distill.RectifiedDiffusion flows.metrics.first_order_gap distill.ConsistencyDistillation",

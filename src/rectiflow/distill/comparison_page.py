@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rectiflow.cli.demo_report import SHOWN, Row, print_tables, score, table
 from rectiflow.distill.chain import Stage
+from rectiflow.distill.chain_page import SHOWN, Row, print_tables, score, table
 from rectiflow.files import write_json
 from rectiflow.flows.sampling import sample
 from rectiflow.training.comparison import (

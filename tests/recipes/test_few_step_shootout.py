@@ -1,0 +1,36 @@
+"""The shootout: every method of the table takes part, and the page compares them all."""
+
+from __future__ import annotations
+
+import json
+
+from rectiflow.distill.methods import METHODS
+from rectiflow.recipes.few_step_shootout import ARMS
+from rectiflow.recipes.recipe import load_recipe, run_recipe
+from rectiflow.training.runs import Run
+
+
+def test_every_method_takes_part() -> None:
+    assert {part.method for stages in ARMS.values() for part in stages} == set(METHODS)
+
+
+def test_quick_preset_gives_numbers_and_the_page(tmp_path) -> None:
+    recipe = load_recipe("few-step-shootout")
+    settings = recipe.preset("quick")
+    with Run(tmp_path / "run", "run", settings) as run:
+        result = run_recipe(recipe, settings, run, preset="quick")
+        assert len(result.checks) == len(ARMS)
+        steps = {n.arm.partition(", ")[0]: n.arm for n in result.numbers}
+        assert steps["two phases"].endswith("2 steps")
+        assert all(v > 0 for n in result.numbers for v in n.values)
+        page = json.loads(run.path("compare.json").read_text())
+    titles = [model["title"] for model in page["models"]]
+    assert titles == ["teacher", *ARMS]
+    by_title = {model["title"]: model for model in page["models"]}
+    halves = [entry["steps"] for entry in by_title["reflow, then one-step"]["lineage"]]
+    assert halves == [settings.teacher.steps, *[settings.budget.steps // 2] * 2]
+    assert {m["lineage"][-1]["steps"] for m in by_title.values()} <= {
+        settings.teacher.steps,
+        settings.budget.steps,
+        settings.budget.steps // 2,
+    }
