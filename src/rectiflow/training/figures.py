@@ -171,7 +171,8 @@ def curves(
         axis.minorticks_off()
     axis.set_xlabel(across)
     axis.set_ylabel(up)
-    axis.legend(fontsize=8)
+    # Said aloud, the place costs no warning where the machine is slow to find it.
+    axis.legend(fontsize=8, loc="best")
     axis.grid(alpha=0.25)
     return _finish(figure, path, title)
 
@@ -220,7 +221,8 @@ def bands(
         axis.set_yscale("log")
     axis.set_xlabel(across)
     axis.set_ylabel(up)
-    axis.legend(fontsize=8)
+    # Said aloud, the place costs no warning where the machine is slow to find it.
+    axis.legend(fontsize=8, loc="best")
     axis.grid(alpha=0.25)
     return _finish(figure, path, title)
 
