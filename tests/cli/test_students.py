@@ -76,7 +76,7 @@ def test_guided_distillation(models, tmp_path):
     words = ["--method", "flow-guided", "--flow-guided.first-step", "teacher"]
     words += ["--flow-guided.u-range", "0.1", "0.9", "--premetric", "pseudo-huber:0.1"]
     student = trained(["distill", models["plain"], *words], tmp_path / "a")
-    assert student.sampling == {"solver": "euler", "steps": 1}
+    assert student.sampling == {"solver": "euler", "steps": 1, "made_for": 1}
     expected = {"method": "flow-guided", "first_step": "teacher", "premetric": "pseudo-huber:0.1"}
     assert expected.items() <= student.lineage[-1].items()
     assert student.lineage[-1]["u_range"] == [0.1, 0.9]

@@ -63,7 +63,7 @@ def test_without_the_two_steps_it_is_one_step_distillation():
     method = FlowGuidedDistillation(teacher, pairs, weight=0)
     expected = OneStepDistillation(teacher, pairs).loss(Draw.of(32))
     torch.testing.assert_close(method.loss(Draw.of(32)), expected)
-    assert method.model.sampling == {"solver": "euler", "steps": 1}
+    assert method.model.sampling == {"solver": "euler", "steps": 1, "made_for": 1}
 
 
 class Straight(torch.nn.Module):

@@ -93,6 +93,8 @@ class Settings:
     """Samples for each score."""
     counts: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Numbers of Euler steps on the comparison page."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Who takes part."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, batches and pairs."""
 
@@ -140,16 +142,16 @@ def run(settings: Settings, run: Run) -> Result:
     """Train the teacher and every method, seed by seed."""
     train, test = load(settings.data), load(settings.data, split="test")
     evaluator = Evaluator(train, test, count=settings.samples, cache=cache_folder())
-    scores: dict[str, list[float]] = {name: [] for name in ARMS}
-    pixels: dict[str, list[float]] = {name: [] for name in ARMS}
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    teachers: dict[str, list[float]] = {name: [] for name in ARMS}
+    scores: dict[str, list[float]] = {name: [] for name in settings.arms}
+    pixels: dict[str, list[float]] = {name: [] for name in settings.arms}
+    seconds: dict[str, list[float]] = {name: [] for name in settings.arms}
+    teachers: dict[str, list[float]] = {name: [] for name in settings.arms}
     for seed in settings.seeds:
         made = _train_all(settings, train, run.path(f"seed-{seed}"), seed)
         teacher = made[TEACHER].model
         source, condition = evaluator.noises(teacher)
         careful: dict[int, float] = {}
-        for name in ARMS:
+        for name in settings.arms:
             own = score_as_made(made[name].model, evaluator)
             steps = own.evaluations
             if steps not in careful:
@@ -162,7 +164,7 @@ def run(settings: Settings, run: Run) -> Result:
         if seed == settings.seeds[0]:
             entries = [Compared(name, str(m.folder), m.model) for name, m in made.items()]
             write(compare(entries, evaluator, settings.counts), entries, evaluator, run)
-    counts = {name: _count(own_steps(made[name].model)) for name in ARMS}
+    counts = {name: _count(own_steps(made[name].model)) for name in settings.arms}
     measured = {
         evaluator.name: scores,
         "fd_pixels": pixels,
@@ -184,7 +186,7 @@ def run(settings: Settings, run: Run) -> Result:
                 at_most=0.5,
                 broken=1.0,
             )
-            for name in ARMS
+            for name in settings.arms
         ],
         seeds=settings.seeds,
         notes=[
@@ -231,7 +233,8 @@ def _train_all(settings: Settings, data: ImageData, folder: Path, seed: int) -> 
             stores[key] = StoredPairs(store), clock.seconds
         return stores[key]
 
-    for name, stages in ARMS.items():
+    for name in settings.arms:
+        stages = ARMS[name]
         model, key, spent = teacher, TEACHER, 0.0
         steps = settings.budget.steps // len(stages)
         for index, part in enumerate(stages):
