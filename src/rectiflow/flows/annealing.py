@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from rectiflow.errors import PairStoreError, positive, unknown
-from rectiflow.flows.couplings import Coupling, Draw, Pairs, StoredPairs
+from rectiflow.flows.couplings import Coupling, Draw, Pairs
+from rectiflow.flows.pair_store import PairStore
 
 
 class Schedule(Protocol):
@@ -110,7 +111,12 @@ class Constant:
         return self.value
 
 
-KINDS = {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant}
+KINDS: dict[str, Any] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "exponential": Exponential,
+    "constant": Constant,
+}
 USUAL_SHARE = 0.375
 """The ramp's share of a training where none is given: 300,000 of 800,000 steps in the paper."""
 
@@ -182,7 +188,7 @@ class AnnealedPairs:
 
     def __post_init__(self) -> None:
         store = getattr(self.coupling, "store", None)
-        if isinstance(self.coupling, StoredPairs) and store.settings.source != "normal":
+        if isinstance(store, PairStore) and store.settings.source != "normal":
             raise PairStoreError(
                 f"{store.folder} joins data to data, and annealing mixes the source with noise: "
                 "use pairs that start from noise"

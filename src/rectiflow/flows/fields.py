@@ -28,7 +28,9 @@ class Field(Protocol):
     need these four members. `t` has shape `(b,)`.
     """
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """The path it belongs to."""
 
     def velocity(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """The direction of travel at `(x, t)`."""
@@ -85,7 +87,7 @@ class FlowModel(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
-        self.net = net
+        self.net: Any = net
         self.path = path if path is not None else RectifiedPath()
         self.prediction = prediction
         self.shape = tuple(shape) if shape is not None else None

@@ -88,7 +88,7 @@ def first_order_gap(
         raise ValueError(f"source must hold samples in rows (b, ...), got {tuple(source.shape)}")
     grid = time_grid(steps)
     path = getattr(field, "path", None) or RectifiedPath()
-    rule = solver if solver is not None else FirstOrder(path)
+    rule: Any = solver if solver is not None else FirstOrder(path)
     size = source[0].numel()
     lengths = torch.tensor(grid, dtype=torch.float64, device=source.device).diff()
     weights = lengths / lengths.sum()

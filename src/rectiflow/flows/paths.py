@@ -427,7 +427,7 @@ def build(name: str, **config: Any) -> Path:
     # Imported here: schedules are paths themselves.
     from rectiflow.flows.schedules import SchedulePath
 
-    known = {**PATHS, SchedulePath.name: SchedulePath}
+    known: dict[str, Any] = {**PATHS, SchedulePath.name: SchedulePath}
     if name not in known:
         raise unknown("path", name, known)
     try:

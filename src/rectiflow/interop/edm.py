@@ -65,7 +65,7 @@ def from_edm(
     if weights is not None:
         load_weights(net, weights)
     positive("classes", classes, zero=True)
-    labels = {"classes": classes, "one_hot": one_hot} if classes else {}
+    labels: dict[str, Any] = {"classes": classes, "one_hot": one_hot} if classes else {}
     wrapped = DiffusionVelocity(net=net, output=output, sigma_data=sigma_data, **labels)
     sampling = {"solver": "heun", "steps": edm_times(steps)}
     return _flow(wrapped, shape, sampling, weights)

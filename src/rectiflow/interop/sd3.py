@@ -113,7 +113,7 @@ def to_state(net: MMDiT, layout: str) -> dict[str, Tensor]:
             f"got context_dim={config['context_dim']}, pooled_dim={config['pooled_dim']}, "
             f"classes={config['classes']}"
         )
-    own, found = net.state_dict(), {}
+    own, found = net.state_dict(), dict[str, Tensor]()
     for rule in rules(config):
         value = own[rule.ours]
         names = rule.diffusers if layout == "diffusers" else (rule.stability,)
@@ -274,7 +274,7 @@ def _block_rules(config: Mapping[str, Any], index: int) -> Iterator[Rule]:
 
 
 def _to_ours(state: State, layout: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    found, used = {}, set()
+    found, used = dict[str, Tensor](), set[str]()
     for rule in rules(config):
         names = rule.diffusers if layout == "diffusers" else (rule.stability,)
         missing = [name for name in names if name not in state]

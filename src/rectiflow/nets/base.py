@@ -62,7 +62,7 @@ class Net(nn.Module):
         label = self._label(condition)
         return {} if label is None else {"label": torch.full_like(label, self.classes)}
 
-    def check(self, x: Float[Tensor, "batch *dims"], **condition: Tensor | None) -> None:
+    def check(self, x: Float[Tensor, "batch *dims"], **condition: Any) -> None:
         """Raise ValueError unless the net can be called with `x` and this condition.
 
         Meant for the border (samplers, commands, data), not for every forward: reading the

@@ -198,8 +198,9 @@ class DiffusionVelocity(nn.Module):
             label = condition.get("label")
             if set(condition) - {"label"} or (label is not None and label.dtype != torch.int64):
                 raise ValueError("the network takes the condition 'label' only, of int64")
-            given = label is not None and label.numel() > 0
-            if given and not 0 <= int(label.min()) <= int(label.max()) <= self.classes:
+            if label is None or not label.numel():
+                return
+            if not 0 <= int(label.min()) <= int(label.max()) <= self.classes:
                 raise ValueError(
                     f"label must be from 0 to {self.classes - 1} ({self.classes} for none), "
                     f"got {int(label.min())} to {int(label.max())}"

@@ -61,9 +61,9 @@ class Projections(nn.Module):
         self.heads, self.silent = heads, silent
         self.qkv = linear(width, 3 * width)
         self.out = nn.Identity() if silent else linear(width, width)
-        ones = torch.ones(width // heads) if qk_norm else None
+        ones = torch.ones(width // heads)
         if silent:
-            self.register_buffer("query_norm", ones)
+            self.register_buffer("query_norm", ones if qk_norm else None)
         else:
             self.register_parameter("query_norm", nn.Parameter(ones) if qk_norm else None)
         self.register_parameter("key_norm", nn.Parameter(ones.clone()) if qk_norm else None)

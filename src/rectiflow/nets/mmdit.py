@@ -204,7 +204,7 @@ class MMDiT(Net):
         x: Float[Tensor, "batch *dims"],
         *,
         skip_layers: Sequence[int] = (),
-        **condition: Tensor | None,
+        **condition: Any,
     ) -> None:
         """Raise ValueError unless the net can be called with `x` and this condition.
 

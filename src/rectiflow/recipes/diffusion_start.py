@@ -103,7 +103,8 @@ def compare_starts(
         overwrite=True,
     )
     starts = dict(zip(ARMS, (teacher, untrained(seed + 1))))
-    steps, distance = (), {}
+    steps: tuple[int, ...] = ()
+    distance = {}
     for arm, start in starts.items():
         steps, distance[arm] = _reflow(start, StoredPairs(store), settings, evaluator, seed, arm)
     source, _ = evaluator.noises(teacher)

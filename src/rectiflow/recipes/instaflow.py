@@ -248,7 +248,7 @@ def _follow(
     field: Any, source: Tensor, steps: int, condition: Mapping[str, Tensor]
 ) -> tuple[Tensor, float]:
     """Where a field carries noises, and the network evaluations for each."""
-    model = field.field if isinstance(field, ClassifierFree) else field
+    model: Any = field.field if isinstance(field, ClassifierFree) else field
     rows = 0
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:

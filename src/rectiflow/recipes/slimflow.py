@@ -255,7 +255,8 @@ class _Lab:
         source, _ = self.evaluator.noises(teacher)
         wanted = sample(teacher, source=source, steps=settings.solver_steps, solver=settings.solver)
         found = {}
-        for arm, coupling in {PLAIN_PAIRS: pairs, MIRRORED: PairSymmetry(pairs)}.items():
+        couplings: dict[str, Coupling] = {PLAIN_PAIRS: pairs, MIRRORED: PairSymmetry(pairs)}
+        for arm, coupling in couplings.items():
             student = self._student(teacher, coupling, annealed=True)
             found[arm] = _error(sample(student, source=source, steps=1, solver="euler"), wanted)
         return found

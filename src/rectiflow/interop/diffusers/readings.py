@@ -83,7 +83,7 @@ class TableReading:
     @property
     def path(self) -> TablePath:
         """The path its predictions belong to."""
-        return self._path  # type: ignore[attr-defined,no-any-return]
+        return self._path  # type: ignore[attr-defined]
 
     @property
     def prediction(self) -> str:
@@ -134,7 +134,7 @@ class AnalyticReading:
     @property
     def table(self) -> TablePath:
         """The diffusion's own path."""
-        return self._path  # type: ignore[attr-defined,no-any-return]
+        return self._path  # type: ignore[attr-defined]
 
     def time(self, timestep: float) -> float:
         """Our time of a timestep of the table.
