@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rectiflow.flows.solvers import EULER, HEUN
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeunEuler:
     """Heun's steps, but Euler's for the step that ends at t = 1: 2N - 1 evaluations for N steps.
 
@@ -34,21 +34,15 @@ class HeunEuler:
 
     nodes: ClassVar[tuple[float, ...]] = HEUN.nodes
     order: ClassVar[int] = HEUN.order
+    _left: int = field(default=0, init=False, repr=False, compare=False)
+    _to_data: bool = field(default=False, init=False, repr=False, compare=False)
 
-    def bind(self, field: Any) -> _Running:
-        return _Running()
-
-
-class _Running:
-    """One integration, which counts its steps."""
-
-    nodes, order = HEUN.nodes, HEUN.order
-
-    def bind(self, field: Any) -> _Running:
-        return self
+    def bind(self, field: Any) -> HeunEuler:
+        # Every integration counts its own steps.
+        return HeunEuler()
 
     def intervals(self, times: Sequence[float]) -> list[float]:
-        self.left, self.to_data = len(times) - 1, times[-1] == 1
+        self._left, self._to_data = len(times) - 1, times[-1] == 1
         return HEUN.intervals(times)
 
     def step(
@@ -59,6 +53,6 @@ class _Running:
         dt: float | Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        self.left -= 1
-        rule = EULER if self.to_data and not self.left else HEUN
+        self._left -= 1
+        rule = EULER if self._to_data and not self._left else HEUN
         return rule.step(velocity, x, times, dt, generator)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from rectiflow.errors import require, unknown
 from rectiflow.interop.diffusers.families import FAMILIES
+from rectiflow.interop.diffusers.prompt_table import PromptTable
 from rectiflow.interop.diffusers.readings import Reading, describe, reading_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-    from rectiflow.interop.diffusers.prompts import PromptTable
 
 
 class PipelineNet(nn.Module):
