@@ -38,7 +38,8 @@ bench: $(STAMP) ## side-by-side measurements against peers
 
 evidence: $(STAMP) ## run every built recipe and keep its result in results/
 	@mkdir -p results
-	@for slug in rectified-flow domain-transfer f-distill; do \
+	@for slug in $$($(BIN)/rectiflow list --json | $(BIN)/python -c \
+	  "import json, sys; print(*(r for s in json.load(sys.stdin) if s['built'] for r in s['recipes']))"); do \
 	  $(BIN)/rectiflow run $$slug --out build/evidence/$$slug --overwrite; \
 	  test $$? -le 1 || exit 2; \
 	  cp build/evidence/$$slug/result.json results/$$slug.json; \
