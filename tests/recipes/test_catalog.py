@@ -46,8 +46,12 @@ def test_names_of_the_design() -> None:
 
 def test_recipes_belong_to_one_system_each() -> None:
     slugs = [slug for system in SYSTEMS for slug in system.recipes]
-    assert len(slugs) == len(set(slugs)) == 42
-    assert find("rectified-flow").recipes == ("rectified-flow", "domain-transfer")
+    assert len(slugs) == len(set(slugs)) == 43
+    assert find("rectified-flow").recipes == (
+        "rectified-flow",
+        "domain-transfer",
+        "few-step-shootout",
+    )
 
 
 def test_rooms_come_from_names() -> None:
@@ -55,9 +59,9 @@ def test_rooms_come_from_names() -> None:
 
 
 def test_built_follows_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    present = {"rectified-flow"}
+    present = {"rectified-flow", "few-step-shootout"}
     monkeypatch.setattr(catalog, "recipe_exists", present.__contains__)
-    assert not find("rectified-flow").built, "one of its two recipes is absent"
+    assert not find("rectified-flow").built, "one of its three recipes is absent"
     present.add("domain-transfer")
     assert find("rectified-flow").built
     assert not find("apg").built

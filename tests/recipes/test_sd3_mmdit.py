@@ -142,7 +142,7 @@ def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
         result = run_recipe(recipe, settings, run, preset="quick")
     table = json.loads((tmp_path / "run" / "result.json").read_text())
     assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 7
+    assert len(table["checks"]) == 8
     assert all(value is not None for number in table["numbers"] for value in number["values"])
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4

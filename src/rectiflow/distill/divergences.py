@@ -54,14 +54,16 @@ DIVERGENCES: dict[str, Divergence] = {
     d.name: d
     for d in (
         Divergence("rkl", lambda r: -r.log(), torch.ones_like, constant=True),
-        Divergence("sf", lambda r: (r + 1) * ((r + 1) / (2 * r)).log(), lambda r: 1 / (r + 1)),
+        Divergence(
+            "sf", lambda r: (r + 1) * ((r + 1).log() - (2 * r).log()), lambda r: 1 / (r + 1)
+        ),
         Divergence(
             "js", lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(), lambda r: r / (r + 1)
         ),
         Divergence("sh", lambda r: 1 - r.sqrt(), lambda r: r.sqrt() / 4),
         Divergence("kl", lambda r: r * r.log(), lambda r: r),
         Divergence("jf", lambda r: (r - 1) * r.log(), lambda r: r + 1),
-        Divergence("neyman", lambda r: (1 - r).square() / r, lambda r: 2 / r),
+        Divergence("neyman", lambda r: 1 / r - 2 + r, lambda r: 2 / r),
         Divergence("pearson", lambda r: (r - 1).square(), lambda r: 2 * r.square()),
     )
 }

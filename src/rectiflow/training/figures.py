@@ -135,7 +135,7 @@ def scatter(
     for axis, (name, points) in zip(axes.flat, panels.items()):
         axis.scatter(*points.detach().cpu().T.numpy(), s=3, alpha=0.5, color=COLOURS[0], lw=0)
         axis.set_title(name, fontsize=10)
-        axis.set_aspect("equal", "datalim")
+        axis.set_aspect("equal", "box")
         axis.grid(alpha=0.25)
     return _finish(figure, path, title)
 
