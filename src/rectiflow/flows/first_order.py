@@ -76,9 +76,9 @@ def ends_through(
 
     Example:
         >>> from rectiflow.flows.paths import RectifiedPath
-        >>> x, y = torch.tensor([[1.0]]), torch.tensor([[2.0]])
+        >>> x, y = torch.tensor([[1.5]]), torch.tensor([[2.0]])
         >>> ends_through(RectifiedPath(), x, torch.tensor([0.25]), y, torch.tensor([0.5]))
-        (tensor([[0.]]), tensor([[4.]]))
+        (tensor([[1.]]), tensor([[3.]]))
 
     Source: arXiv 2410.07303, section 3.4 (phases), solved for both ends.
     """
