@@ -230,7 +230,7 @@ def test_interrupt_saves_and_reports(tmp_path):
 def test_average_warms_up_and_round_trips():
     module = torch.nn.Linear(1, 1, bias=False)
     average = EMA(module, 0.9)
-    expected = value = float(module.weight)
+    expected = value = module.weight.item()
     for n in range(30):
         value = float(n)
         with torch.no_grad():

@@ -119,7 +119,7 @@ def build(name: str, **config: Any) -> Path:
     """The path of a name and its parameters, tables included.
 
     Example:
-        >>> build("table", alpha_bar=[0.9, 0.1]).last
-        1
+        >>> build("table", alpha_bar=[0.9, 0.1]).count
+        2
     """
     return TablePath(**config) if name == TablePath.name else paths.build(name, **config)
