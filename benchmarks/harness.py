@@ -89,12 +89,18 @@ def clocked(run: Callable[[], Any], repeats: int) -> Clocks:
     gc.collect()
     gc.disable()
     try:
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall = clocks()
         for _ in range(repeats):
             run()
-        return time.process_time() - cpu, time.perf_counter() - wall
+        now = clocks()
+        return now[0] - cpu, now[1] - wall
     finally:
         gc.enable()
+
+
+def clocks() -> Clocks:
+    """The time on both clocks."""
+    return time.process_time(), time.perf_counter()
 
 
 def child(*command: str) -> Timer:
@@ -110,6 +116,19 @@ def child(*command: str) -> Timer:
         return cpu, wall
 
     return timer
+
+
+def peak_mib(*command: str) -> float:
+    """The most memory, in MiB, that a Python process of its own held at once."""
+    watched = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", watched, *command], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def trusted(collect: Callable[[], Rounds], *, floor: str, attempts: int = 5) -> Rounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,13 +16,43 @@ from rectiflow.nets import build, sizes
 
 SIZE, COUNT, BATCH, STEPS = "mlp-digits", 2048, 1024, 20
 BARE, PAIRS = "bare sampling", "generate_pairs"
+FEW, MANY = 2048, 32768
+
+
+def network() -> FlowModel:
+    """The model that all figures are about."""
+    shape = sizes[SIZE].shape
+    return FlowModel(build(SIZE, shape=shape, zero=False).eval(), shape=shape)
+
+
+def generate(count: int) -> None:
+    """Generate and forget, in a process whose memory somebody watches."""
+    harness.one_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        generate_pairs(
+            network(), store, count, steps=1, batch_size=BATCH, shard_size=BATCH, gate=None
+        )
+
+
+def memory() -> harness.Row:
+    """The peak for sixteen times as many pairs."""
+    few, many = (harness.peak_mib(__file__, str(count)) for count in (FEW, MANY))
+    same = harness.Quartiles(many / few, many / few, many / few)
+    return harness.Row(
+        f"{SIZE}, shards of {BATCH}",
+        f"peak memory, {MANY} pairs / {FEW} pairs",
+        same,
+        same,
+        target=1.05,
+        note=f"{many:.0f} MiB against {few:.0f} MiB, the interpreter and torch included",
+    )
 
 
 def main() -> bool:
     harness.one_thread()
-    shape = sizes[SIZE].shape
-    net = build(SIZE, shape=shape, zero=False).eval()
-    model = FlowModel(net, shape=shape)
+    model = network()
+    net, shape = model.net, sizes[SIZE].shape
     folder = Path(tempfile.mkdtemp(prefix="rectiflow-pairs-"))
 
     def bare() -> None:
@@ -46,8 +77,12 @@ def main() -> bool:
     # Seconds of the bare loop over ours: the share of its throughput that is kept.
     case = f"{SIZE}, {COUNT} pairs, {STEPS} steps"
     rows = [harness.ratio(case, found, BARE, PAIRS, target=0.95, lower_bound=True)]
+    rows.append(memory())
     return harness.report("pair_generation", __doc__ or "", rows, packages=("torch", "safetensors"))
 
 
 if __name__ == "__main__":
-    harness.finish(main)
+    if len(sys.argv) > 1:
+        generate(int(sys.argv[1]))
+    else:
+        harness.finish(main)
