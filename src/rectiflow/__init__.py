@@ -12,6 +12,8 @@ __getattr__, __dir__, _exports = attach(
         "vectors": (),
         "training": ("FlowMatching", "Trainer"),
         "distill": ("OneStepDistillation", "Reflow", "generate_pairs"),
+        "align": (),
+        "guidance": (),
         "images": (),
         "interop": (),
         "recipes": (),

@@ -1,0 +1,5 @@
+"""Bend a trained field while it is sampled: guidance, steering, views, relations."""
+
+from rectiflow._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, {})
