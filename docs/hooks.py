@@ -24,7 +24,18 @@ sys.path.insert(0, str(SOURCE))
 from rectiflow.cli.commands import COMMANDS  # noqa: E402
 from rectiflow.recipes.catalog import SYSTEMS, System, recipe_exists  # noqa: E402
 
-ROOMS = ("flows", "nets", "training", "distill", "vectors", "images", "interop", "recipes")
+ROOMS = (
+    "flows",
+    "nets",
+    "training",
+    "distill",
+    "guidance",
+    "align",
+    "vectors",
+    "images",
+    "interop",
+    "recipes",
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -5,6 +5,7 @@ Every picture uses fields known in closed form, so it is made in seconds and wit
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,17 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from rectiflow.flows import RectifiedPath, Trajectory, VariancePreservingPath, integrate
+from rectiflow.flows import (
+    CosinePath,
+    RectifiedPath,
+    Trajectory,
+    VariancePreservingPath,
+    adaptive_times,
+    integrate,
+)
 from rectiflow.flows.analytic import GaussianField, KernelField, SoftmaxField
 from rectiflow.flows.metrics import straightness, transport_cost
+from rectiflow.flows.mixture import MixtureField
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -145,6 +154,36 @@ def solvers() -> plt.Figure:
     return figure
 
 
+def fitted_grids() -> plt.Figure:
+    """Error of Euler with equal steps and with a fitted grid, on three paths."""
+    angles = torch.arange(6, dtype=torch.float64) * math.pi / 3
+    means = 4 * torch.stack([angles.cos(), angles.sin()], 1)
+    source = torch.randn(400, 2, generator=seeded(5), dtype=torch.float64)
+    counts = [4, 8, 16, 32]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True)
+    for axis, path in zip(axes, (RectifiedPath(), VariancePreservingPath(), CosinePath())):
+        field = MixtureField(means, torch.ones(6, dtype=torch.float64), 0.25, path)
+        start = path.start(source)
+        exact = integrate(field, start, 400, "rk4")
+
+        def errors(grids: list[Any], field=field, start=start, exact=exact) -> list[float]:
+            ends = [integrate(field, start, grid) for grid in grids]
+            return [float((end - exact).square().sum(1).mean().sqrt()) for end in ends]
+
+        fitted = [adaptive_times(field, n, source=source[:256]) for n in counts]
+        axis.loglog(counts, errors(list(counts)), "o-", ms=4, color=BEFORE, label="equal steps")
+        axis.loglog(counts, errors(fitted), "o-", ms=4, color=AFTER, label="fitted grid")
+        marks = (0.02, 0.05, 0.1, 0.2, 0.5)
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        axis.minorticks_off()
+        axis.set(xlabel="Euler steps", title=path.name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("root mean square error")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 def one_step() -> plt.Figure:
     """What one Euler step gives before and after reflow."""
     first, second = rectified_twice()
@@ -165,6 +204,7 @@ PICTURES: dict[str, Callable[[], plt.Figure]] = {
     "couplings": couplings,
     "reflow": reflow,
     "solvers": solvers,
+    "fitted-grids": fitted_grids,
     "one-step": one_step,
 }
 

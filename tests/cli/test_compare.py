@@ -12,16 +12,16 @@ import torch
 
 from rectiflow.cli import main
 from rectiflow.flows import FlowModel
-from rectiflow.flows.metrics import straightness
+from rectiflow.flows.first_order_gap import first_order_gap
 from rectiflow.nets import build
 from rectiflow.training.comparison import (
     Compared,
     check_comparable,
     describe_sampling,
     find_models,
+    gap_in_time,
     lineage_table,
     read_models,
-    variation,
 )
 
 DIGITS = {"name": "digits", "spec": "digits", "size": 8, "channels": 1}
@@ -74,8 +74,9 @@ def test_page_puts_models_side_by_side(folders, tmp_path, capsys, monkeypatch):
     for model in (plain, run):
         assert math.isfinite(model["scores"]["1"]["fd"])
         assert model["seconds_per_thousand"]["4"] > 0
-        # The mean over the bins is the straightness by as many steps; the row's has four.
-        assert len(model["variation"]["times"]) == 10
+        gap = model["first_order_gap"]
+        # The bins are equally long and hold all of time.
+        assert sum(gap["values"]) / len(gap["times"]) == pytest.approx(gap["total"], rel=1e-6)
     assert found["floor"]["fd"] < plain["scores"]["1"]["fd"]
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
@@ -96,12 +97,14 @@ def test_runs_of_several_stages_give_all_their_models(folders):
     assert [e.title for e in entries] == ["flow", "one-step", "run", "run (2)"]
 
 
-def test_variation_averages_to_the_straightness():
+def test_gap_is_the_first_order_gap_in_ten_bins():
     model = make(0)
     source = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    times, found = variation(model, source, {})
-    assert times == pytest.approx([0.05 + 0.1 * i for i in range(10)])
-    assert sum(found) / 10 == pytest.approx(straightness(model, source, 50).total, rel=1e-6)
+    found = gap_in_time(model, source, {})
+    assert found.times == pytest.approx([0.1 * i for i in range(10)])
+    whole = first_order_gap(model, source, 50)
+    assert found.total == pytest.approx(whole.total, rel=1e-9)
+    assert found.per_time[3].item() == pytest.approx(whole.per_time[15:20].mean().item(), rel=1e-9)
 
 
 def test_lineage_tells_who_made_what():

@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": Command("generate images with a model", "rectiflow.cli.sample"),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
+    "grid": Command("fit a model's times to where its trajectories bend", "rectiflow.cli.grid"),
     "info": Command("what a model folder is and how it was made", "rectiflow.cli.info"),
     "export": Command("write a sampler as ONNX or torch.export program", "rectiflow.cli.export"),
     "list": Command("the 41 systems and their recipes", "rectiflow.cli.listing"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import ScoreOptions, choose_device, data_of, load_data
+from rectiflow.cli.options import ScoreOptions, choose_device, judging_data
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -52,16 +52,7 @@ def main(words: Sequence[str]) -> int:
     check_comparable(entries, data=settings.data)
     for entry in entries:
         entry.model.to(device)
-    model = entries[0].model
-    assert model.shape is not None
-    if settings.data is None:
-        train, test = data_of(model), data_of(model, "test")
-    else:
-        size, channels = model.shape[-1], model.shape[0]
-        train, test = (
-            load_data(settings.data, split=split, size=size, channels=channels)
-            for split in ("train", "test")
-        )
+    train, test = judging_data(entries[0].model, settings.data)
     folder = settings.out if settings.out is not None else new_folder("compare", train.slug)
     with Run(folder, "compare", settings, overwrite=settings.overwrite) as run:
         print(f"run folder: {run.folder}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import ScoreOptions, choose_device, counting, data_of, load_data
+from rectiflow.cli.options import ScoreOptions, choose_device, counting, judging_data
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -53,12 +53,7 @@ def main(words: Sequence[str]) -> int:
     from rectiflow.training.report import cell
 
     model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
-    size = model.shape[-1] if model.shape else None
-    if settings.data is None:
-        train, test = data_of(model), data_of(model, "test")
-    else:
-        train = load_data(settings.data, size=size)
-        test = load_data(settings.data, split="test", size=size)
+    train, test = judging_data(model, settings.data)
     evaluator = settings.evaluator(train, test)
     floor = evaluator.floor()
     rows = {}

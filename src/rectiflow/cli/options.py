@@ -103,6 +103,15 @@ def data_of(model: FlowModel, split: str = "train") -> ImageData:
     )
 
 
+def judging_data(model: FlowModel, spec: str | None) -> tuple[ImageData, ImageData]:
+    """Training and test set to score a model by: those of a spec, or what it was trained on."""
+    if spec is None:
+        return data_of(model), data_of(model, "test")
+    channels, size = (model.shape[0], model.shape[-1]) if model.shape else (None, None)
+    train = load_data(spec, size=size, channels=channels)
+    return train, load_data(spec, split="test", size=size, channels=channels)
+
+
 def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) -> dict[str, Any]:
     """The condition for samples of one class, or of random classes for a conditional model."""
     import torch

@@ -176,7 +176,7 @@ def write(
         across="Euler steps",
         up=evaluator.name,
         floor=("train vs. test", floor.fd),
-        logarithmic=True,
+        logarithmic="xy",
     )
     logs = {stage.title: read_log(stage.folder / "metrics.jsonl") for stage in stages}
     curves(

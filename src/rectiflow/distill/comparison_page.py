@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rectiflow.distill.chain import Stage
 from rectiflow.distill.chain_page import SHOWN, Row, print_tables, score, table
 from rectiflow.files import write_json
+from rectiflow.flows.first_order_gap import FirstOrderGap
 from rectiflow.flows.sampling import sample
 from rectiflow.training.comparison import (
     FOLLOWED,
     AsMade,
     Compared,
     describe_sampling,
+    gap_in_time,
     lineage_table,
     own_steps,
     score_as_made,
-    variation,
 )
 from rectiflow.training.figures import compare_samples, curves
 from rectiflow.training.report import Section, Table, cell, write_report
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rectiflow.training.runs import Run
 
 FOLLOWED_SAMPLES = 1000
-"""Trajectories by which straightness and variation are measured."""
+"""Trajectories by which the gap is measured."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,12 @@ class Side:
     Attributes:
         row: scores, speeds, straightness and cost by Euler steps.
         as_made: the same with the model's own solver and steps.
-        times: middles of the bins of time.
-        variation: how far the velocity is from the chord in each.
+        gap: how far it is from first order, in bins of time.
     """
 
     row: Row
     as_made: AsMade
-    times: list[float]
-    variation: list[float]
+    gap: FirstOrderGap
 
 
 def compare(entries: Sequence[Compared], evaluator: Evaluator, counts: Sequence[int]) -> list[Side]:
@@ -65,8 +64,8 @@ def compare(entries: Sequence[Compared], evaluator: Evaluator, counts: Sequence[
             **{name: rows[:64] for name, rows in condition.items()},
         )
         row = score(Stage("", entry.title, model, Path(entry.source), 0.0), evaluator, counts)
-        times, found = variation(model, source[:FOLLOWED_SAMPLES], few)
-        sides.append(Side(row, score_as_made(model, evaluator), times, found))
+        gap = gap_in_time(model, source[:FOLLOWED_SAMPLES], few)
+        sides.append(Side(row, score_as_made(model, evaluator), gap))
     return sides
 
 
@@ -124,8 +123,8 @@ def write(
 
 def made_table(sides: Sequence[Side], name: str) -> Table:
     """Each model with its own solver and steps."""
-    header = ["model", "sampled by", name, "precision", "recall", "1,000 images", "straightness S"]
-    header.append("transport cost")
+    header = ["model", "sampled by", name, "precision", "recall", "1,000 images"]
+    header += ["straightness S", "first-order gap", "transport cost"]
     rows: list[list[Any]] = []
     for side in sides:
         own = side.as_made
@@ -136,8 +135,9 @@ def made_table(sides: Sequence[Side], name: str) -> Table:
                 own.scores.fd,
                 own.scores.precision,
                 own.scores.recall,
-                f"{1000 * own.seconds_per_thousand:.3g} ms",
+                f"{own.seconds_per_thousand:.3g} s",
                 side.row.straightness,
+                side.gap.total,
                 side.row.transport_cost,
             ]
         )
@@ -165,7 +165,11 @@ def as_table(
                 "as_made": asdict(side.as_made),
                 "straightness": side.row.straightness,
                 "transport_cost": side.row.transport_cost,
-                "variation": {"times": side.times, "values": side.variation},
+                "first_order_gap": {
+                    "total": side.gap.total,
+                    "times": side.gap.times,
+                    "values": side.gap.per_time.tolist(),
+                },
             }
             for side, entry in zip(sides, entries)
         ],
@@ -178,7 +182,7 @@ def _quality(sides: Sequence[Side], name: str, floor: Scores, run: Run) -> dict[
     for side in sides:
         row = side.row
         values = [scores.fd for scores in row.scores.values()]
-        speeds = [1000 * s for s in row.seconds_per_thousand.values()]
+        speeds = list(row.seconds_per_thousand.values())
         steps[row.title] = (list(row.scores), values)
         time[row.title] = (speeds, values)
     line = ("train vs. test", floor.fd)
@@ -188,15 +192,15 @@ def _quality(sides: Sequence[Side], name: str, floor: Scores, run: Run) -> dict[
         across="Euler steps",
         up=name,
         floor=line,
-        logarithmic=True,
+        logarithmic="xy",
     )
     by_time = curves(
         time,
         run.path("by-time.png"),
-        across="wall time of 1,000 images (ms)",
+        across="wall time of 1,000 images (s)",
         up=name,
         floor=line,
-        logarithmic=True,
+        logarithmic="xy",
         marked=False,
     )
     fewest = min(sides[0].row.scores)
@@ -209,17 +213,20 @@ def _quality(sides: Sequence[Side], name: str, floor: Scores, run: Run) -> dict[
 
 
 def _bends(sides: Sequence[Side], run: Run) -> dict[Path, str]:
-    """How far the velocity is from the chord over time."""
+    """The first-order gap over time."""
     picture = curves(
-        {side.row.title: (side.times, side.variation) for side in sides},
-        run.path("variation.png"),
+        {side.row.title: (side.gap.times, side.gap.per_time.tolist()) for side in sides},
+        run.path("gap.png"),
         across="time t (0 noise, 1 data)",
-        up="E |(Z₁ - Z₀) - v(Zₜ, t)|²",
+        up="first-order gap",
+        logarithmic="y",
     )
+    least = min(sides, key=lambda side: side.gap.total)
     straightest = min(sides, key=lambda side: side.row.straightness)
     return {
-        picture: f"Distance of the velocity from the chord along trajectories of {FOLLOWED} Euler "
-        "steps, in bins of time: where it is large, steps are needed. Straightest is "
+        picture: "How much the estimated noise changes along trajectories of "
+        f"{FOLLOWED} first-order steps, in bins of time: where the gap is large, steps are needed. "
+        f"The least is {least.row.title}'s ({cell(least.gap.total)}); straightest is "
         f"{straightest.row.title} (S {cell(straightest.row.straightness)}). Generators that were "
         "trained at the start of a step alone mean nothing in between."
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import Field, FlowModel, evaluating
 from rectiflow.flows.integration import Step, integrate, uniform_times
 from rectiflow.flows.sampling import draw_source
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def adaptive_times(
-    model: FlowModel,
+    model: FlowModel | Field,
     steps: int,
     *,
     source: Float[Tensor, "b *dims"] | None = None,
@@ -35,10 +35,12 @@ def adaptive_times(
     along trajectories. Equal errors, which are also the least in sum, want steps of length
     proportional to `m^(-1/2)`: the grid cuts the cumulative of `sqrt(m)` into equal parts. Measured
     once on some hundred samples; keep it with the model as `model.sampling["steps"] = times`. It
-    gains where the bending is uneven over time, and nothing on a straight flow.
+    gains where the bending is uneven over time (a variance-preserving path), and nothing where it
+    is even, as on most straight paths. Errors add up differently from how they arise, so compare
+    with equal steps before you keep it; `rectiflow grid` does.
 
     Args:
-        model: the model.
+        model: the model, or any `Field` if `source` is given.
         steps: the budget: number of Euler steps.
         source: noises to measure on; drawn from `generator` otherwise.
         samples: how many to draw.
@@ -51,7 +53,8 @@ def adaptive_times(
         `steps + 1` rising times from 0 to 1.
 
     Raises:
-        ValueError: a number out of range, or velocities that are not finite.
+        ValueError: a number out of range, a field without noises, or velocities that are not
+            finite.
 
     Example:
         >>> model = FlowModel(lambda x, t: (3 * t[:, None]).exp(), shape=(1,))
@@ -65,6 +68,8 @@ def adaptive_times(
     if fine < 2:
         raise ValueError(f"fine must be >= 2 to see a velocity change, got {fine}")
     if source is None:
+        if not isinstance(model, FlowModel):
+            raise ValueError(f"source= is needed for a {type(model).__name__}: no shape is known")
         source = draw_source(model, samples, generator=generator)
     density = error_density(model, source, fine, **condition)
     total = density.mean()
@@ -76,7 +81,7 @@ def adaptive_times(
 
 
 def error_density(
-    model: FlowModel, source: Float[Tensor, "b *dims"], fine: int, **condition: Any
+    model: FlowModel | Field, source: Float[Tensor, "b *dims"], fine: int, **condition: Any
 ) -> Float[Tensor, " fine"]:
     """The root of the acceleration's size in each of `fine` equal intervals, in float64."""
     changes = torch.zeros(fine, dtype=torch.float64)

@@ -151,7 +151,11 @@ def _locate(source: str | FilePath, revision: str | None) -> FilePath:
 def _read_config(folder: FilePath) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        raise ModelFolderError(f"{folder} has no {CONFIG}: it is not a rectiflow model folder")
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+        advice = f"; name one inside: {', '.join(inside)}" if inside else ""
+        raise ModelFolderError(
+            f"{folder} has no {CONFIG}: it is not a rectiflow model folder{advice}"
+        )
     try:
         config = read_json(file)
     except ValueError as error:

@@ -337,7 +337,7 @@ def _draw(found: Found, settings: Settings, run: Run) -> dict[Path, str]:
         run.path("resolutions.png"),
         across="time t at the original size",
         up="error of the estimated data, per pixel",
-        logarithmic=True,
+        logarithmic="xy",
     )
     falls = ", ".join(f"{cell(statistics.fmean(f))} (x {n})" for n, f in _falls(found).items())
     pictures[drawn] = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rectiflow.flows.artifact import CONFIG, identity
 from rectiflow.flows.fields import FlowModel
-from rectiflow.flows.metrics import straightness
+from rectiflow.flows.first_order_gap import FirstOrderGap, first_order_gap
 from rectiflow.flows.sampling import sample
 from rectiflow.training.progress import Stopwatch
 from rectiflow.training.report import Table
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rectiflow.training.evaluation import Evaluator, Scores
 
 BINS = 10
-"""Bins of time in which a model's variation is averaged."""
+"""Bins of time in which a model's gap is averaged."""
 FOLLOWED = 50
-"""Euler steps by which trajectories are followed to measure it."""
+"""First-order steps by which trajectories are followed to measure it."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +171,14 @@ def score_as_made(model: FlowModel, evaluator: Evaluator) -> AsMade:
     return AsMade(describe_sampling(model), own_steps(model), evaluator.compare(images), speed)
 
 
-def variation(
+def gap_in_time(
     model: FlowModel, source: Float[Tensor, "b *dims"], condition: dict[str, Any]
-) -> tuple[list[float], list[float]]:
-    """Middles of equal bins of time, and how far the velocity is from the chord in each.
+) -> FirstOrderGap:
+    """The first-order gap in equal bins of time: where it is large, steps are needed.
 
-    The mean over a bin of `E|(Z_1 - Z_0) - v(Z_t, t)|²`, whose mean over all bins is the
-    straightness S: where it is large, steps are needed.
+    Unlike straightness it means the same on every path, so models of different paths compare.
     """
-    found = straightness(model, source, FOLLOWED, **condition).per_time
-    binned = found.reshape(BINS, FOLLOWED // BINS).mean(1)
-    return [(index + 0.5) / BINS for index in range(BINS)], binned.tolist()
+    return first_order_gap(model, source, FOLLOWED, bins=BINS, **condition)
 
 
 def lineage_table(entries: Sequence[Compared]) -> Table:

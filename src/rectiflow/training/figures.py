@@ -147,33 +147,28 @@ def curves(
     across: str,
     up: str,
     floor: tuple[str, float] | None = None,
-    logarithmic: bool = False,
+    logarithmic: str = "",
     marked: bool = True,
     title: str = "",
 ) -> Path:
     """Draw lines `name -> (x values, y values)`, with a dashed floor where one is known.
 
-    On logarithmic axes every x value is marked; `marked=False` suits values that lines do not
-    share.
+    Args:
+        lines: name to x and y values.
+        path: the file.
+        across: label of the x axis.
+        up: label of the y axis.
+        floor: name and value of a dashed line.
+        logarithmic: the axes with a logarithmic scale: "", "x", "y" or "xy".
+        marked: whether a logarithmic x axis names every x value; not for values that lines do not
+            share.
+        title: title of the figure.
     """
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.8))
+    figure, axis = _pyplot().subplots(figsize=(6, 3.8))
     for colour, (name, (x, y)) in zip(_cycle(len(lines)), lines.items()):
         axis.plot(x, y, marker="o" if len(x) <= 20 else None, ms=4, color=colour, label=name)
-    if floor is not None:
-        axis.axhline(floor[1], color="#777777", ls="--", lw=1, label=floor[0])
-    if logarithmic:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-    if logarithmic and marked:
-        ticks = sorted({value for x, _ in lines.values() for value in x})
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.minorticks_off()
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
-    # Said aloud, the place costs no warning where the machine is slow to find it.
-    axis.legend(fontsize=8, loc="best")
-    axis.grid(alpha=0.25)
+    values = {value for x, _ in lines.values() for value in x}
+    _dress(axis, across, up, floor, logarithmic, sorted(values) if marked else ())
     return _finish(figure, path, title)
 
 
@@ -187,7 +182,7 @@ def bands(
     logarithmic: str = "",
     title: str = "",
 ) -> Path:
-    """Draw means over seeds with the range of the seeds as a band.
+    """Draw means over seeds with the range of the seeds as a band; see `curves`.
 
     Args:
         lines: name to (x values, one row of y values a seed); a single x gives a bar with its
@@ -199,8 +194,7 @@ def bands(
         logarithmic: the axes with a logarithmic scale: "", "x", "y" or "xy".
         title: title of the figure.
     """
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.8))
+    figure, axis = _pyplot().subplots(figsize=(6, 3.8))
     for colour, (name, (x, rows)) in zip(_cycle(len(lines)), lines.items()):
         values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
         mean, low, high = values.mean(0), values.amin(0), values.amax(0)
@@ -210,13 +204,27 @@ def bands(
             continue
         axis.plot(x, mean, marker="o" if len(x) <= 20 else None, ms=4, color=colour, label=name)
         axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    marks = sorted({value for x, _ in lines.values() for value in x})
+    _dress(axis, across, up, floor, logarithmic, marks)
+    return _finish(figure, path, title)
+
+
+def _dress(
+    axis: Any,
+    across: str,
+    up: str,
+    floor: tuple[str, float] | None,
+    logarithmic: str,
+    marks: Sequence[float],
+) -> None:
+    """Scales, labels, the floor and the legend of a plot; a logarithmic x axis has the marks."""
     if floor is not None:
         axis.axhline(floor[1], color="#777777", ls="--", lw=1, label=floor[0])
     if "x" in logarithmic:
         axis.set_xscale("log")
-        ticks = sorted({value for x, _ in lines.values() for value in x})
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.xaxis.minorticks_off()
+        if marks:
+            axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
+            axis.xaxis.minorticks_off()
     if "y" in logarithmic:
         axis.set_yscale("log")
     axis.set_xlabel(across)
@@ -224,7 +232,6 @@ def bands(
     # Said aloud, the place costs no warning where the machine is slow to find it.
     axis.legend(fontsize=8, loc="best")
     axis.grid(alpha=0.25)
-    return _finish(figure, path, title)
 
 
 def _cycle(count: int) -> list[str]:

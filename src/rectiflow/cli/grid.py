@@ -1,0 +1,146 @@
+"""`rectiflow grid`: fit a model's times to where its trajectories bend, and keep them with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from rectiflow.cli.commands import COMMANDS
+from rectiflow.cli.options import ScoreOptions, choose_device, counting, judging_data
+from rectiflow.cli.settings import parse
+from rectiflow.errors import positive
+
+if TYPE_CHECKING:
+    from rectiflow.flows.fields import FlowModel
+    from rectiflow.training.evaluation import Evaluator
+    from rectiflow.training.runs import Run
+
+
+@dataclass(frozen=True)
+class Settings(ScoreOptions):
+    """Settings of `rectiflow grid`."""
+
+    model: tyro.conf.Positional[str] = tyro.MISSING
+    """Model folder, or owner/name on the Hub."""
+    steps: int = 8
+    """Euler steps that the model is to be sampled with."""
+    against: tuple[int, ...] = (2, 4, 8, 16)
+    """Numbers of steps at which the fitted grid is scored against the equal one; nothing after the
+    flag to leave the scores out."""
+    data: str | None = None
+    """Data to judge by; what the model was trained on by default."""
+    measured: int = 256
+    """Samples that the bending is measured on."""
+    seed: int = 0
+    """Seed of their noises."""
+    out: Path | None = None
+    """Folder for the model, grid.json and grid.png; runs/grid-NAME-TIME by default."""
+    overwrite: bool = False
+    """Write over what is in --out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        self.check_scores()
+        positive("measured", self.measured)
+        for count in (self.steps, *self.against):
+            positive("steps", count)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command."""
+    settings = parse(Settings, words, command="grid", summary=COMMANDS["grid"].summary)
+    from rectiflow.flows import FlowModel
+    from rectiflow.training.runs import Run, new_folder
+
+    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
+    if "made_for" in model.sampling:
+        raise ValueError(
+            f"the model was distilled to {model.sampling['made_for']} step(s) at times of its own: "
+            "fit a grid to the flow it was distilled from"
+        )
+    name = str(model.data.get("name", ""))
+    folder = settings.out if settings.out is not None else new_folder("grid", name)
+    evaluator = None
+    if settings.against:
+        evaluator = settings.evaluator(*judging_data(model, settings.data))
+    with Run(folder, "grid", settings, overwrite=settings.overwrite) as run:
+        print(f"run folder: {run.folder}", file=sys.stderr)
+        fit(model, settings, evaluator, run)
+    return 0
+
+
+def fit(model: FlowModel, settings: Settings, evaluator: Evaluator | None, run: Run) -> None:
+    """Grids, their scores, and the model with the one that was asked for."""
+    import torch
+
+    from rectiflow.files import write_json
+    from rectiflow.flows import adaptive_times
+    from rectiflow.flows.sampling import draw_source
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    source = draw_source(model, settings.measured, generator=generator)
+    condition = {}
+    if model.conditional:
+        conditions = judging_data(model, settings.data)[0]
+        rows = torch.randint(len(conditions), (settings.measured,), generator=generator)
+        condition = {k: v.to(source.device) for k, v in conditions.condition(rows).items()}
+    counts = sorted({settings.steps, *settings.against})
+    with counting("measure", len(counts), "grids") as update:
+        grids = {}
+        for done, count in enumerate(counts, 1):
+            grids[count] = adaptive_times(model, count, source=source, **condition)
+            update(done)
+    found: dict[str, object] = {"times": {str(count): grid for count, grid in grids.items()}}
+    if evaluator is not None:
+        found |= _scores(model, {n: grids[n] for n in settings.against}, evaluator, run)
+    write_json(run.path("grid.json"), found)
+    times = grids[settings.steps]
+    model.sampling = {"solver": "euler", "steps": times}
+    model.lineage = [*model.lineage, {"method": "fitted grid", "evaluations": settings.steps}]
+    model.save_pretrained(run.path("model"), overwrite=True)
+    print(f"times for {settings.steps} steps: " + " ".join(f"{t:.3f}" for t in times))
+    print(f"model: {run.path('model')}")
+
+
+def _scores(
+    model: FlowModel, grids: dict[int, list[float]], evaluator: Evaluator, run: Run
+) -> dict[str, object]:
+    """Distances on equal and fitted grids: printed, drawn, returned."""
+    from rectiflow.training.figures import curves
+    from rectiflow.training.report import cell
+
+    equal: dict[int, float] = {}
+    fitted: dict[int, float] = {}
+    with counting("score", 2 * len(grids) * evaluator.count, "samples") as update:
+        for index, (count, grid) in enumerate(sorted(grids.items())):
+            base = 2 * index * evaluator.count
+            equal[count] = evaluator.score(model, steps=count, solver="euler").fd
+            update(base + evaluator.count)
+            fitted[count] = evaluator.score(model, steps=grid, solver="euler").fd
+            update(base + 2 * evaluator.count)
+    floor = evaluator.floor().fd
+    print(f"{'steps':>6}  {'equal steps':>11}  {'fitted grid':>11}   {evaluator.name}")
+    for count in equal:
+        print(f"{count:>6}  {cell(equal[count]):>11}  {cell(fitted[count]):>11}")
+    better = [str(count) for count in equal if fitted[count] < equal[count]]
+    said = f"the fitted grid is closer to the data at {', '.join(better)} steps" if better else ""
+    print(said or "the fitted grid is nowhere closer to the data than equal steps")
+    drawn = curves(
+        {
+            "equal steps": (list(equal), list(equal.values())),
+            "fitted grid": (list(fitted), list(fitted.values())),
+        },
+        run.path("grid.png"),
+        across="Euler steps",
+        up=evaluator.name,
+        floor=("train vs. test", floor),
+        logarithmic="xy",
+    )
+    print(f"figure: {drawn}")
+    return {"distance": evaluator.name, "equal": equal, "fitted": fitted, "floor": floor}
