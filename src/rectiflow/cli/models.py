@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rectiflow.cli.options import choose_device, labels_for
+from rectiflow.cli.options import choose_device, data_of, labels_for
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -157,6 +157,29 @@ def attach_prompts(opened: Opened, prompts: Sequence[str]) -> Any:
     opened.model = with_prompts(opened.model, table)
     opened.prompts = tuple(prompts)
     return table
+
+
+def condition_data(opened: Opened, prompts: Path | None) -> Any:
+    """What pairs take their conditions from: prompts of a file, labels of the data, or nothing.
+
+    Raises:
+        ValueError: prompts that are missing, empty or too long, or for a model that takes none.
+    """
+    if prompts is not None:
+        from rectiflow.interop.diffusers import read_prompts
+
+        return attach_prompts(opened, read_prompts(prompts))
+    if is_latent(opened.model) and opened.model.conditional:
+        raise ValueError("the model takes prompts: give them by --prompts FILE, one a line")
+    return data_of(opened.model) if opened.model.conditional else None
+
+
+def reinterpreted(opened: Opened, table: Any) -> FlowModel:
+    """The network of an opened pipeline with its output read as a velocity: a start to train."""
+    from rectiflow.interop.diffusers import from_pipeline, with_prompts
+
+    model = from_pipeline(opened.pipe, init="reinterpret").to(opened.device)
+    return with_prompts(model, table)
 
 
 def is_latent(model: FlowModel) -> bool:
