@@ -44,7 +44,8 @@ def _cache(given, monkeypatch) -> None:
 
 
 def trained(words: list[str], out: Path) -> FlowModel:
-    assert main([*words, *SHORT, "--out", str(out)]) == 0
+    report = ["--report", "2"] if words[0] == "reflow" else []
+    assert main([*words, *report, *SHORT, "--out", str(out)]) == 0
     return FlowModel.from_pretrained(out / "model")
 
 
@@ -83,6 +84,7 @@ def test_reflow_with_adapters_then_one_step_in_a_stock_pipeline(given, tmp_path)
     assert straight.net.name == "diffusers"
     assert straight.net.reading.kind == "flow"
     assert (tmp_path / "a/adapters.safetensors").is_file()
+    assert (tmp_path / "a/straightening.json").is_file()
     made = straight.lineage[-1]
     expected = {"method": "text-reflow", "lora": 2, "init": "reinterpret", "guidance": 2}
     assert expected.items() <= made.items()

@@ -79,6 +79,9 @@ class StudentOptions(OutputOptions, TrainerSettings):
             positive("guidance", self.guidance, zero=True)
         if self.lora is not None:
             self._check_lora()
+        report = getattr(self, "report", 0)
+        if report < 0 or report == 1:
+            raise ValueError(f"--report needs two pairs or more, or 0 for none, got {report}")
         if self.export_pipeline is not None and self.export_pipeline.exists() and not self.resume:
             raise ValueError(f"{self.export_pipeline} exists: choose another --export-pipeline")
         chosen = self.chosen
@@ -188,9 +191,7 @@ class StudentOptions(OutputOptions, TrainerSettings):
                 base, self.student, keep_path=self.chosen.keeps_path, seed=self.seed
             )
             if is_latent(base):
-                from rectiflow.interop.diffusers import with_prompts
-
-                start = with_prompts(start, conditions)
+                start = _with_table(start, conditions)
         if self.lora is None or (start is None and self.chosen.student == "needed"):
             return start
         return with_lora(start if start is not None else base, self.lora, seed=self.seed)
@@ -236,6 +237,12 @@ def settings_for(command: str) -> Any:
     methods = methods_of(command)
     listed = "; ".join(f"{name}: {entry.summary}" for name, entry in methods.items())
     own: list[Any] = [("method", Annotated[str, tyro.conf.arg(help=listed)], next(iter(methods)))]
+    if command == "reflow":
+        text = (
+            "Pairs in the report of what the round straightened and whether another would help "
+            "(for methods on pairs); 0 leaves it out"
+        )
+        own.append(("report", Annotated[int, tyro.conf.arg(help=text)], 256))
     own += [
         (entry.key, entry.options, field(default_factory=entry.options))
         for entry in methods.values()
@@ -310,7 +317,39 @@ def run(kind: Any, words: Sequence[str]) -> int:
         if folder.main:
             print(f"model: {folder.path('model')}")
             _export(model, opened, settings.export_pipeline)
+            if chosen.pairs and getattr(settings, "report", 0):
+                if settings.prompts is not None:
+                    model = _with_table(model, conditions)
+                _report(settings, teacher, model, coupling, folder.folder)
     return 0
+
+
+def _report(settings: Any, teacher: Any, model: Any, coupling: Any, folder: Path) -> None:
+    """Say what the round straightened, and whether another would help."""
+    import torch
+
+    from rectiflow.distill.straightening import straightened
+    from rectiflow.flows.couplings import Draw
+    from rectiflow.flows.sampling import device_of
+
+    device = device_of(teacher)
+    # The step after the last: live pairs that the training did not see.
+    draw = Draw.of(
+        settings.report,
+        step=settings.steps,
+        seed=settings.seed,
+        generator=torch.Generator(device),
+    )
+    with plain_warnings():
+        found = straightened(teacher, model.to(device), coupling.draw(draw), folder)
+    print(f"straightening: {found.sentence}")
+
+
+def _with_table(model: Any, table: Any) -> Any:
+    """The model with a table of prompts, which folders do not keep."""
+    from rectiflow.interop.diffusers import with_prompts
+
+    return with_prompts(model, table)
 
 
 def _merged(model: Any) -> Any:
