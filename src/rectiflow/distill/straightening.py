@@ -121,10 +121,11 @@ def straightened(
         folder: gets `straightening.json`, `straightening-loss.png` and `straightening-gap.png`.
         steps: Euler steps of the careful samples.
     """
-    both = (
-        profile(model, pairs, steps=steps, count=len(pairs.source)) for model in (before, after)
+    count = len(pairs.source)
+    found = Straightening(
+        profile(before, pairs, steps=steps, count=count),
+        profile(after, pairs, steps=steps, count=count),
     )
-    found = Straightening(*both)
     facts = {"sentence": found.sentence, "another_round": found.another_round, **asdict(found)}
     write_json(Path(folder) / "straightening.json", facts)
     found.draw(folder)
