@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from rectiflow.cli import main
+from rectiflow.distill.rounds import reflowed
 from rectiflow.flows import FlowModel
+from rectiflow.flows.artifact import identity
 from rectiflow.flows.first_order_gap import first_order_gap
 from rectiflow.nets import build
 from rectiflow.training.comparison import (
@@ -77,6 +79,7 @@ def test_page_puts_models_side_by_side(folders, tmp_path, capsys, monkeypatch):
         gap = model["first_order_gap"]
         # The bins are equally long and hold all of time.
         assert sum(gap["values"]) / len(gap["times"]) == pytest.approx(gap["total"], rel=1e-6)
+    assert found["rounds"] == []
     assert found["floor"]["fd"] < plain["scores"]["1"]["fd"]
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
@@ -89,6 +92,39 @@ def test_page_puts_models_side_by_side(folders, tmp_path, capsys, monkeypatch):
     assert "report.html" in printed
     message = fails([*words, "--out", str(out)], capsys)
     assert "is not empty" in message
+
+
+def test_rounds_of_reflow_are_judged(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECTIFLOW_CACHE", str(tmp_path / "cache"))
+    start = make(0, lineage=[{"method": "flow"}])
+    parent = (identity(start) or "")[:12]
+    # A constant field is straight: nothing is left to gain, and it misses every pair.
+    last = {"method": "reflow", "parent": parent}
+    straight = make(1, lineage=[*start.lineage, last])
+    for parameter in straight.parameters():
+        parameter.data.zero_()
+    other = make(2, lineage=[{"method": "reflow", "parent": "0" * 12}])
+    distilled = make(3, lineage=[{"method": "distil", "parent": parent}])
+    entries = [
+        Compared(name, name, model)
+        for name, model in zip("abcd", (straight, start, other, distilled))
+    ]
+    assert [(b.title, a.title) for b, a in reflowed(entries)] == [("b", "a")]
+    for name, model in (("start", start), ("straight", straight)):
+        model.save_pretrained(tmp_path / name)
+    words = [str(tmp_path / "start"), str(tmp_path / "straight"), "--steps", "1", "--samples"]
+    words += ["40", "--features", "random", "--out", str(tmp_path / "page")]
+    assert main(["compare", *words]) == 0
+    (found,) = json.loads((tmp_path / "page/compare.json").read_text())["rounds"]
+    assert (found["before"], found["after"]) == ("start", "straight")
+    after = found["found"]["after"]
+    assert after["straightness"] == 0
+    assert after["one_step"] == 0
+    assert after["missed"] > 0
+    assert found["another_round"] is False
+    page = (tmp_path / "page/report.html").read_text()
+    assert "Would another round help?" in page
+    assert "From start to straight: S fell from" in page
 
 
 def test_runs_of_several_stages_give_all_their_models(folders):

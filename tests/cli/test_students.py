@@ -13,9 +13,18 @@ from rectiflow.cli import main
 from rectiflow.cli.distill import Settings as DistillSettings
 from rectiflow.cli.reflow import Settings as ReflowSettings
 from rectiflow.cli.settings import from_toml
-from rectiflow.distill import Reflow
+from rectiflow.distill import Reflow, profile
 from rectiflow.distill.methods import METHODS, AnnealingOptions, methods_of
-from rectiflow.flows import FlowModel, Independent, PairSymmetry, PseudoHuber, Uniform, Weighted
+from rectiflow.flows import (
+    FlowModel,
+    Independent,
+    LivePairs,
+    PairSymmetry,
+    PseudoHuber,
+    Uniform,
+    Weighted,
+)
+from rectiflow.flows.couplings import Draw
 from rectiflow.flows.paths import VariancePreservingPath
 from rectiflow.nets import build
 
@@ -44,7 +53,8 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def trained(words: list[str], out: Path) -> FlowModel:
-    assert main([*words, *SHORT, "--out", str(out)]) == 0
+    report = ["--report", "0"] if words[0] == "reflow" and "--report" not in words else []
+    assert main([*words, *report, *SHORT, "--out", str(out)]) == 0
     return FlowModel.from_pretrained(out / "model")
 
 
@@ -132,6 +142,22 @@ def test_guidance_of_live_and_of_stored_pairs(models, tmp_path, capsys):
     assert "scale=2.0" in message
     assert "scale=3.0" in message
     assert "generate pairs with this --guidance" in message
+
+
+def test_a_round_says_whether_another_would_help(models, tmp_path, capsys):
+    student = trained(["reflow", models["plain"], "--report", "8"], tmp_path / "a")
+    found = json.loads((tmp_path / "a/straightening.json").read_text())
+    assert (found["before"]["rounds"], found["after"]["rounds"]) == (0, 1)
+    assert f"straightening: {found['sentence']}" in capsys.readouterr().out
+    assert (tmp_path / "a/straightening-gap.png").stat().st_size > 100
+    # The step after the last one: pairs that the training did not see.
+    teacher = FlowModel.from_pretrained(models["plain"])
+    pairs = LivePairs(teacher, 2).draw(Draw.of(8, step=3))
+    expected = profile(student, pairs, steps=20, count=8)
+    assert found["after"]["missed"] == pytest.approx(expected.missed, rel=1e-5)
+    assert found["after"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    message = fails(["reflow", models["plain"], "--report", "1"], capsys)
+    assert "--report needs two pairs or more, or 0 for none, got 1" in message
 
 
 def test_a_method_may_train_on_the_teachers_data(models, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from rectiflow.distill.methods import METHODS, Choices, Options, find_method, me
 from rectiflow.distill.reflow import KINDS
 from rectiflow.distill.students import new_student
 from rectiflow.flows import FlowModel, Independent, LivePairs, PseudoHuber, Uniform
-from rectiflow.flows.couplings import Draw
+from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.flows.paths import VariancePreservingPath
 from rectiflow.nets import build
 from rectiflow.recipes.catalog import find
@@ -19,19 +19,21 @@ from rectiflow.recipes.catalog import find
 SMALL = "mlp:width=8,depth=1"
 
 
-def teacher(path=None) -> FlowModel:
+def teacher(path=None, classes: int = 0) -> FlowModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = build("mlp", shape=(2,), width=16, depth=1, zero=False)
+        net = build("mlp", shape=(2,), width=16, depth=1, zero=False, classes=classes)
     return FlowModel(net, path, shape=(2,), data={"name": "points"})
 
 
 def made(name: str, model: FlowModel | None = None, **choices):
     entry = METHODS[name]
-    model = model if model is not None else teacher()
+    model = model if model is not None else teacher(classes=3 * entry.conditional)
     if entry.student == "needed":
         choices = {"student": new_student(model, SMALL), **choices}
-    coupling = LivePairs(model, 2) if entry.pairs else Independent(torch.randn(32, 2))
+    data = TensorData(torch.randn(32, 2), {"label": torch.arange(32) % 3})
+    labels = data if model.conditional else None
+    coupling = LivePairs(model, 2, labels=labels) if entry.pairs else Independent(data.values)
     return entry.make(model, coupling, Choices(options=entry.options(), **choices))
 
 
@@ -47,7 +49,7 @@ def test_every_method_gives_a_finite_loss_with_its_defaults(name):
 
 @pytest.mark.parametrize("name", [n for n, e in METHODS.items() if e.student == "possible"])
 def test_every_method_that_can_trains_another_student(name):
-    model = teacher()
+    model = teacher(classes=3 * METHODS[name].conditional)
     student = new_student(model, SMALL)
     assert made(name, model, student=student).model.net.config["width"] == 8
 
@@ -92,6 +94,9 @@ def test_choices_reach_the_method():
     guided = entry.make(model, LivePairs(model), Choices(options=options, guided=teacher()))
     assert (guided.first_step, guided.u_range, guided.weight) == ("teacher", (0.1, 0.9), 2.0)
     assert guided.guided is not None
+    assert made("reflow").condition_dropout == 0
+    assert made("text-reflow").condition_dropout == 0.1
+    assert made("text-reflow", condition_dropout=0.0).condition_dropout == 0
     annealed = made("annealing", steps=800)
     assert annealed.schedule.ramp == 300
 
@@ -100,6 +105,8 @@ def test_incompatible_choices_are_refused_with_a_reason():
     model = teacher()
     with pytest.raises(ValueError, match=r"annealing trains a student of its own .* name one"):
         METHODS["annealing"].make(model, LivePairs(model), Choices())
+    with pytest.raises(ValueError, match="is for teachers that take prompts or labels"):
+        made("text-reflow", model)
     with pytest.raises(ValueError, match="one-step looks only at times of its own"):
         made("one-step", times=Uniform())
     curved = teacher(VariancePreservingPath())

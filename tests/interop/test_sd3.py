@@ -86,7 +86,7 @@ def both(
     return found, -said
 
 
-# Measured 1e-6: float32 sums in another order; outputs are of order one.
+# Float32 sums in another order; outputs are of order one.
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 

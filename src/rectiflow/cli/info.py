@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
+from rectiflow.cli.models import open_model
 from rectiflow.cli.settings import parse
 
 
@@ -17,7 +18,7 @@ class Settings:
     """Settings of `rectiflow info`."""
 
     model: tyro.conf.Positional[str]
-    """Model folder, or owner/name on the Hub."""
+    """Model folder, diffusers pipeline folder, or owner/name on the Hub."""
     json: bool = False
     """Print JSON."""
 
@@ -25,10 +26,9 @@ class Settings:
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="info", summary=COMMANDS["info"].summary)
-    from rectiflow.flows import FlowModel
     from rectiflow.flows.artifact import identity
 
-    model = FlowModel.from_pretrained(settings.model)
+    model = open_model(settings.model, device="cpu").model
     facts = {
         "model": settings.model,
         "identity": identity(model),

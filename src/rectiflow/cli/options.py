@@ -116,8 +116,8 @@ def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) 
     """The condition for samples of one class, or of random classes for a conditional model."""
     import torch
 
-    classes = int(getattr(model.net, "classes", 0))
-    if not model.conditional:
+    classes = model.classes
+    if not classes:
         if label is not None:
             raise ValueError("--label was given but the model takes no labels")
         return {}
@@ -136,8 +136,8 @@ def guided_by(model: FlowModel, scale: float) -> Any:
     """
     if not model.conditional:
         raise ValueError(
-            "--guidance needs a model that takes labels, and this one does not: train it with "
-            "--conditional"
+            "--guidance needs a model that takes labels or prompts, and this one does not: train "
+            "it with --conditional"
         )
     from rectiflow.flows.guidance import ClassifierFree
 

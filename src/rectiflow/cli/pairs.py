@@ -10,7 +10,8 @@ from pathlib import Path
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import choose_device, counting, data_of, guided_by
+from rectiflow.cli.models import condition_data, open_model
+from rectiflow.cli.options import counting, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -20,7 +21,7 @@ class Settings:
     """Settings of `rectiflow pairs`."""
 
     model: tyro.conf.Positional[str]
-    """Model folder, or owner/name on the Hub."""
+    """Model folder, diffusers pipeline folder, or owner/name on the Hub."""
     out: Path
     """Folder for the pairs; an interrupted generation in it goes on."""
     count: int = 20_000
@@ -39,6 +40,12 @@ class Settings:
     """Seed of the noises."""
     guidance: float | None = None
     """Scale of classifier-free guidance, baked into the pairs (conditional models only)."""
+    prompts: Path | None = None
+    """File of prompts, one a line, for models of pipelines; pairs take them in shuffled epochs."""
+    init: str = "native"
+    """How a pipeline's diffusion network is read: native or analytic."""
+    pipeline: str | None = None
+    """Pipeline with the text encoders of a trained model; the one it was made from by default."""
     check: bool = True
     """Check the quality of the pairs before generating all of them."""
     overwrite: bool = False
@@ -51,16 +58,23 @@ class Settings:
             positive(name, getattr(self, name))
         if self.guidance is not None:
             positive("guidance", self.guidance, zero=True)
+        if self.init == "reinterpret":
+            raise ValueError(
+                "a diffusion network reinterpreted as a flow makes no images before it is trained: "
+                "make pairs with --init analytic or native"
+            )
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="pairs", summary=COMMANDS["pairs"].summary)
     from rectiflow.distill import PairGate, generate_pairs
-    from rectiflow.flows import FlowModel
 
-    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
-    conditions = data_of(model) if model.conditional else None
+    opened = open_model(
+        settings.model, device=settings.device, init=settings.init, pipeline=settings.pipeline
+    )
+    conditions = condition_data(opened, settings.prompts)
+    model = opened.model
     guided = None if settings.guidance is None else guided_by(model, settings.guidance)
     with counting("pairs", settings.count, "pairs") as update:
         store = generate_pairs(

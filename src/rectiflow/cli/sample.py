@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import choose_device, counting, labels_for
+from rectiflow.cli.models import open_model
+from rectiflow.cli.options import counting
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -19,7 +21,7 @@ class Settings:
     """Settings of `rectiflow sample`."""
 
     model: tyro.conf.Positional[str]
-    """Model folder, or owner/name on the Hub."""
+    """Model folder, diffusers pipeline folder, or owner/name on the Hub."""
     out: Path = Path("samples.png")
     """A .png for one sheet, a .npy for the array in [-1, 1], or a folder for single images."""
     count: int = 64
@@ -30,6 +32,13 @@ class Settings:
     """euler, heun, midpoint, rk4, dopri5, sde or renoise; the model's own by default."""
     label: int | None = None
     """Class of a conditional model; random classes by default."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text for a model of a pipeline, in turn where given several times; none by default."""
+    init: str = "native"
+    """How a pipeline's diffusion network is read: native, analytic or reinterpret."""
+    pipeline: str | None = None
+    """Pipeline with VAE and text encoders of a trained model; the one it was made from by
+    default."""
     seed: int = 0
     """Seed of the noises."""
     batch_size: int = 256
@@ -56,22 +65,30 @@ def main(words: Sequence[str]) -> int:
         raise ValueError(f"--out must be a .png, a .npy or a folder, got {out}")
     import torch
 
-    from rectiflow.flows import FlowModel, sample
+    from rectiflow.flows import sample
 
-    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
+    opened = open_model(
+        settings.model,
+        device=settings.device,
+        prompt=settings.prompt,
+        init=settings.init,
+        pipeline=settings.pipeline,
+    )
     generator = torch.Generator().manual_seed(settings.seed)
-    condition = labels_for(model, settings.count, settings.label, generator)
+    condition = opened.condition(settings.count, settings.label, generator)
     with counting("sample", settings.count, "images") as update:
-        images = sample(
-            model,
+        latents = sample(
+            opened.model,
             settings.count,
             steps=settings.steps,
             solver=settings.solver,
             batch_size=settings.batch_size,
             generator=generator,
             progress=update,
-            **{name: value.to(choose_device(settings.device)) for name, value in condition.items()},
+            **condition,
         )
+    with torch.no_grad():
+        images = opened.images(latents)
     _write(images.cpu(), out)
     print(f"{settings.count} images: {out}")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rectiflow.distill.chain import Stage
 from rectiflow.distill.chain_page import SHOWN, Row, print_tables, score, table
+from rectiflow.distill.rounds import measure_rounds, rounds_section
 from rectiflow.files import write_json
 from rectiflow.flows.first_order_gap import FirstOrderGap
 from rectiflow.flows.sampling import sample
@@ -74,7 +75,9 @@ def write(
 ) -> None:
     """Numbers, pictures, the page, and the tables on the terminal."""
     floor = evaluator.floor()
-    write_json(run.path("compare.json"), as_table(sides, entries, evaluator, floor))
+    rounds = measure_rounds(entries, evaluator)
+    facts = as_table(sides, entries, evaluator, floor)
+    write_json(run.path("compare.json"), {**facts, "rounds": [one.facts() for one in rounds]})
     rows = [side.row for side in sides]
     tables = [table(rows, floor, evaluator.name, "fd")]
     if floor.fd_pixels is not None:
@@ -99,6 +102,7 @@ def write(
             ),
             Section("As they are meant to be used", tables=[made]),
             Section("Where they bend", pictures=_bends(sides, run)),
+            *rounds_section(rounds),
             Section("Samples", pictures=_samples(entries, evaluator, rows, run)),
             Section(
                 "Lineage",

@@ -69,6 +69,11 @@ class AdaptedNet(nn.Module):
     def forward(self, x: Any, t: Any, **condition: Any) -> Any:
         return self.net(x, t, **condition)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the network inside takes text."""
+        return bool(getattr(self.net, "conditional", False))
+
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The null condition of the network inside."""
         return self.net.null_condition(**condition)

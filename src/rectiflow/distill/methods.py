@@ -8,7 +8,7 @@ from `Options`, whose fields become the flags `--NAME.FIELD`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rectiflow.errors import positive, unknown
@@ -40,7 +40,8 @@ class Choices:
         times: which times are looked at; the method's own by default.
         premetric: how far a prediction is from what was wanted; the method's own by default.
         guided: a guided field around the teacher.
-        condition_dropout: share of samples trained on the null condition.
+        condition_dropout: share of samples trained on the null condition; the method's own by
+            default.
         options: the method's own settings.
     """
 
@@ -49,7 +50,7 @@ class Choices:
     times: TimeSampler | None = None
     premetric: Premetric | None = None
     guided: Any = None
-    condition_dropout: float = 0.0
+    condition_dropout: float | None = None
     options: Any = field(default_factory=Options)
 
 
@@ -71,6 +72,8 @@ class FewStepMethod:
         keeps_path: whether a student with random weights is put on the teacher's path; on
             straight lines otherwise.
         one_path: whether teacher and student must be on the same path.
+        conditional: whether it is for teachers that take a condition only.
+        dropout: share of samples trained on the null condition unless told otherwise.
     """
 
     name: str
@@ -85,6 +88,8 @@ class FewStepMethod:
     student: str = "possible"
     keeps_path: bool = False
     one_path: bool = False
+    conditional: bool = False
+    dropout: float = 0.0
 
     @property
     def key(self) -> str:
@@ -103,9 +108,15 @@ class FewStepMethod:
         """The method, or an error that says why these choices do not go together.
 
         Raises:
-            ValueError: a student that is missing or impossible, times where the method has its
-                own, or paths that differ where they must not.
+            ValueError: a teacher without condition where one is needed, a student that is missing
+                or impossible, times where the method has its own, or paths that differ where they
+                must not.
         """
+        if self.conditional and not teacher.conditional:
+            raise ValueError(
+                f"{self.name} is for teachers that take prompts or labels, and this one takes "
+                "none: use reflow"
+            )
         if choices.student is None and self.student == "needed":
             raise ValueError(
                 f"{self.name} trains a student of its own from random weights: name one, such as "
@@ -123,6 +134,8 @@ class FewStepMethod:
                 f"{self.name} needs teacher and student on one path, got {teacher.path.name!r} and "
                 f"{start.path.name!r}: reflow the teacher on the student's path first"
             )
+        if choices.condition_dropout is None:
+            choices = replace(choices, condition_dropout=self.dropout)
         return self.build(teacher, coupling, choices)
 
 
@@ -212,7 +225,19 @@ def _reflow(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
         coupling,
         times=choices.times,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
+    )
+
+
+def _text_reflow(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
+    from rectiflow.distill.text_reflow import TextReflow
+
+    return TextReflow(
+        choices.student if choices.student is not None else teacher,
+        coupling,
+        times=choices.times,
+        premetric=choices.premetric,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -228,7 +253,7 @@ def _annealing(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Meth
         schedule=parse_schedule(choices.options.schedule, choices.steps),
         times=choices.times,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -241,7 +266,7 @@ def _one_step(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Metho
         steps=choices.options.steps,
         encoder=choices.options.encoder,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -257,7 +282,7 @@ def _flow_guided(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Me
         first_step=choices.options.first_step,
         u_range=choices.options.u_range,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -269,7 +294,7 @@ def _rectified_diffusion(teacher: FlowModel, coupling: Coupling, choices: Choice
         coupling,
         times=choices.times,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -290,7 +315,7 @@ def _phased(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:
         pairs,
         times=choices.times,
         premetric=choices.premetric,
-        condition_dropout=choices.condition_dropout,
+        condition_dropout=choices.condition_dropout or 0.0,
     )
 
 
@@ -342,6 +367,15 @@ _ENTRIES = (
         "train on the teacher's own pairs, so that its paths straighten",
         _reflow,
         keeps_path=True,
+    ),
+    FewStepMethod(
+        "text-reflow",
+        "reflow",
+        "reflow under prompts or labels, with guidance in the pairs and the null condition alive",
+        _text_reflow,
+        systems=("rectified-flow", "instaflow"),
+        conditional=True,
+        dropout=0.1,
     ),
     FewStepMethod(
         "annealing",
@@ -419,7 +453,7 @@ def methods_of(command: str) -> dict[str, FewStepMethod]:
 
     Example:
         >>> list(methods_of("reflow"))[:2]
-        ['reflow', 'annealing']
+        ['reflow', 'text-reflow']
     """
     return {name: entry for name, entry in METHODS.items() if entry.command == command}
 

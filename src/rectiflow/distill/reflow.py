@@ -14,7 +14,7 @@ from rectiflow.flows.times import TimeSampler
 from rectiflow.training.flow_matching import FlowMatching
 
 MOST_ROUNDS = 3
-KINDS = frozenset({"reflow", "annealing", "rectified-diffusion", "phased"})
+KINDS = frozenset({"reflow", "text-reflow", "annealing", "rectified-diffusion", "phased"})
 """What the lineage calls a round of reflow: the methods of `rectiflow reflow`."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rectiflow.distill.reflow import MOST_ROUNDS, reflow_rounds
 from rectiflow.errors import positive
+from rectiflow.files import write_json
 from rectiflow.flows.couplings import Pairs
 from rectiflow.flows.fields import FlowModel, evaluating
 from rectiflow.flows.metrics import straightness
@@ -106,6 +107,29 @@ class Straightening:
                 f"{means[1]:.3g} after."
             )
         return made
+
+
+def straightened(
+    before: FlowModel, after: FlowModel, pairs: Pairs, folder: Path | str, *, steps: int = 20
+) -> Straightening:
+    """Measure a flow before and after a round on the same pairs; numbers and pictures in a folder.
+
+    Args:
+        before: the teacher.
+        after: its student.
+        pairs: pairs of the teacher, best ones that the training did not see.
+        folder: gets `straightening.json`, `straightening-loss.png` and `straightening-gap.png`.
+        steps: Euler steps of the careful samples.
+    """
+    count = len(pairs.source)
+    found = Straightening(
+        profile(before, pairs, steps=steps, count=count),
+        profile(after, pairs, steps=steps, count=count),
+    )
+    facts = {"sentence": found.sentence, "another_round": found.another_round, **asdict(found)}
+    write_json(Path(folder) / "straightening.json", facts)
+    found.draw(folder)
+    return found
 
 
 @torch.no_grad()

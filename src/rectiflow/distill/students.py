@@ -11,6 +11,8 @@ from torch import nn
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.nets import build_spec
+from rectiflow.nets.specs import parse_spec
+from rectiflow.nets.stacked import Stacked
 
 
 def new_student(
@@ -21,14 +23,15 @@ def new_student(
     Args:
         teacher: says shape, classes and data.
         student: a network, a word such as `unet-7m` or `mlp:width=48,depth=2` for one with random
-            weights, or the folder of a trained model to start from.
+            weights, `stacked` for two copies of the teacher's network in series
+            (`stacked:mode=residual`), or the folder of a trained model to start from.
         keep_path: put random weights on the teacher's path, predicting what it predicts; they are
             on straight lines, predicting velocities, otherwise.
         seed: decides the random weights.
 
     Raises:
-        ValueError: an unknown network, a teacher without shape, or a trained model whose samples
-            or classes are not the teacher's.
+        ValueError: an unknown network, a teacher without shape, a trained model whose samples
+            or classes are not the teacher's, or a network without text for a teacher of prompts.
 
     Example:
         >>> from rectiflow.nets import build
@@ -48,7 +51,15 @@ def new_student(
                 f"classes, the teacher {teacher.shape} with {classes}: take a student of the same "
                 "data"
             )
-        return model
+        return _check_text(teacher, model, student)
+    if isinstance(student, str) and parse_spec(student)[0] == "stacked":
+        config = parse_spec(student)[1]
+        if set(config) <= {"mode"}:
+            stack = Stacked.of(teacher.net, **config)
+            return FlowModel(
+                stack, teacher.path, teacher.prediction, shape=teacher.shape, data=teacher.data
+            )
+    word = student
     if isinstance(student, str):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -56,4 +67,15 @@ def new_student(
     options: dict[str, Any] = {"path": RectifiedPath()}
     if keep_path:
         options = {"path": teacher.path, "prediction": teacher.prediction}
-    return FlowModel(student, shape=teacher.shape, data=teacher.data, **options)
+    made = FlowModel(student, shape=teacher.shape, data=teacher.data, **options)
+    return _check_text(teacher, made, word)
+
+
+def _check_text(teacher: FlowModel, student: FlowModel, named: Any) -> FlowModel:
+    """The student, if it takes the prompts that the teacher takes."""
+    if teacher.conditional and not student.conditional:
+        raise ValueError(
+            f"the teacher takes prompts and {named} does not: take stacked, the folder of a model "
+            "of the same pipeline, or no other student"
+        )
+    return student

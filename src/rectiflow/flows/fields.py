@@ -132,9 +132,14 @@ class FlowModel(nn.Module):
         return self.path.convert(output, x, t, given=self.prediction, wanted="score")
 
     @property
+    def classes(self) -> int:
+        """How many class labels the network takes; 0 for one without labels."""
+        return int(getattr(self.net, "classes", 0))
+
+    @property
     def conditional(self) -> bool:
-        """Whether the network takes class labels."""
-        return bool(getattr(self.net, "classes", 0))
+        """Whether the network takes a condition: class labels, or text."""
+        return self.classes > 0 or bool(getattr(self.net, "conditional", False))
 
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The condition that stands for "none", for guidance and condition dropout."""

@@ -108,8 +108,8 @@ def run_program(path: Path | str, **inputs: Tensor) -> Tensor:
 def _inputs(model: FlowModel, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     assert model.shape is not None
     inputs = {"noise": torch.randn(count, *model.shape, generator=generator)}
-    if model.conditional:
-        inputs["label"] = torch.arange(count) % int(getattr(model.net, "classes", 1))
+    if model.classes:
+        inputs["label"] = torch.arange(count) % model.classes
     return inputs
 
 

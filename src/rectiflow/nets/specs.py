@@ -28,6 +28,18 @@ def build_spec(text: str, *, shape: Sequence[int], classes: int = 0) -> nn.Modul
         >>> net.config["width"], net.config["activation"]
         (48, 'gelu')
     """
+    name, config = parse_spec(text)
+    given = {"shape": tuple(shape), "classes": classes} if classes else {"shape": tuple(shape)}
+    return build(name, **config, **given)
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a network in one word.
+
+    Example:
+        >>> parse_spec("mlp:width=48")
+        ('mlp', {'width': 48})
+    """
     name, _, rest = text.partition(":")
     config: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -35,8 +47,7 @@ def build_spec(text: str, *, shape: Sequence[int], classes: int = 0) -> nn.Modul
         if not equals or not value:
             raise ValueError(f"the network {text!r} needs arguments like width=48, got {part!r}")
         config[key] = _value(value)
-    given = {"shape": tuple(shape), "classes": classes} if classes else {"shape": tuple(shape)}
-    return build(name, **config, **given)
+    return name, config
 
 
 def _value(text: str) -> Any:

@@ -119,6 +119,11 @@ class Stacked(Net):
         rest = (1 - t).to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
         return h + self.second(x + rest * h, t, **condition)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the networks take text."""
+        return bool(getattr(self.first, "conditional", False))
+
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The null condition of the first network."""
         if set(condition) <= {"label"} or not hasattr(self.first, "null_condition"):

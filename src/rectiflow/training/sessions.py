@@ -25,6 +25,7 @@ def train_model(
     title: str = "train",
     resume: bool = False,
     callbacks: Sequence[Callable[[Trainer, int], None]] = (),
+    finish: Callable[[FlowModel], FlowModel] | None = None,
 ) -> FlowModel:
     """Train, record the lineage, write `folder/model` and return the averaged model.
 
@@ -37,6 +38,7 @@ def train_model(
         title: shown beside the progress bar.
         resume: go on from the newest checkpoint; a finished model is returned as it is.
         callbacks: see `Trainer`.
+        finish: makes of the trained model the one that is kept, such as by merging adapters.
     """
     folder = Path(folder)
     target = folder / MODEL
@@ -44,6 +46,8 @@ def train_model(
         return FlowModel.from_pretrained(target)
     trainer = Trainer(method, settings, folder=folder, title=title, callbacks=callbacks)
     model = trainer.fit(resume=resume)
+    if finish is not None:
+        model = finish(model)
     made: dict[str, Any] = {
         **plain(entry),
         "steps": settings.steps,

@@ -94,6 +94,11 @@ class PipelineNet(nn.Module):
         full = self._complete(x, condition)
         return self.reading(partial(self._raw, full), x, t)
 
+    @property
+    def conditional(self) -> bool:
+        """True: all families take text."""
+        return True
+
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The embedding of the empty prompt in place of each one given; the rest as it is.
 

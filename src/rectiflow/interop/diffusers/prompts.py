@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rectiflow.errors import positive
 from rectiflow.files import atomic_path, cache_folder
@@ -18,9 +18,6 @@ from rectiflow.flows.fields import FlowModel
 from rectiflow.interop.diffusers.families import Family, family_of_pipeline
 from rectiflow.interop.diffusers.networks import PipelineNet
 from rectiflow.interop.diffusers.prompt_table import PromptTable
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK = 256
 VERSION = 1
@@ -84,12 +81,11 @@ def with_prompts(model: FlowModel, table: PromptTable) -> FlowModel:
     Raises:
         ValueError: a model that does not come from a pipeline.
     """
-    if not isinstance(model.net, PipelineNet):
+    if not _reads_prompts(model.net):
         raise ValueError(
             f"prompts belong to models of from_pipeline, got a {type(model.net).__name__}"
         )
-    net = copy.copy(model.net)
-    net.prompts = table
+    net = _with_table(model.net, table)
     entry = {"method": "prompts", "count": len(table), "sha256": table.digest[:12]}
     return FlowModel(
         net,
@@ -100,6 +96,25 @@ def with_prompts(model: FlowModel, table: PromptTable) -> FlowModel:
         data=model.data,
         lineage=[*(e for e in model.lineage if e.get("method") != "prompts"), entry],
     ).train(model.training)
+
+
+def _reads_prompts(net: Any) -> bool:
+    """Whether a network is one of a pipeline, or made of such (stacked, with adapters)."""
+    return isinstance(net, nn.Module) and any(isinstance(m, PipelineNet) for m in net.modules())
+
+
+def _with_table(net: nn.Module, table: PromptTable) -> nn.Module:
+    """The network with a table, sharing its weights."""
+    found = copy.copy(net)
+    if isinstance(found, PipelineNet):
+        found.prompts = table
+        return found
+    parts = {
+        name: _with_table(part, table) if _reads_prompts(part) else part
+        for name, part in net.named_children()
+    }
+    found.__dict__["_modules"] = {**net._modules, **parts}
+    return found
 
 
 @torch.no_grad()
