@@ -106,6 +106,7 @@ class StudentOptions(OutputOptions, TrainerSettings):
 
     def _check_lora(self) -> None:
         """Refuse adapters where no trained weights stay."""
+        assert self.lora is not None
         positive("lora", self.lora)
         if self.chosen.student == "impossible":
             raise ValueError(f"{self.chosen.name} trains all of its weights: leave out --lora")
