@@ -50,7 +50,7 @@ def main() -> bool:
     harness.one_thread()
     digits = load("digits", split="train").batch(torch.arange(600))
     images = load("digits", split="test").batch(torch.arange(IMAGES)).double()
-    field = Smooth(digits.double(), 0.3)
+    field = Smooth(digits.double(), 0.3).velocity
     noise = integrate(field, images, uniform_times(1000, start=1, stop=0), "rk4")
 
     def error(found: torch.Tensor) -> float:

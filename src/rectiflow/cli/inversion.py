@@ -53,12 +53,17 @@ class InversionOptions:
 
 
 def grid_of(opened: Opened, steps: int) -> list[float]:
-    """The times of so many steps: equal ones, or those of a pipeline's scheduler with its shift."""
+    """The times of so many steps: equal ones, under the shift of a pipeline's scheduler."""
     from rectiflow.flows.integration import uniform_times
+    from rectiflow.flows.time_shift import shifted_times
 
     reading = getattr(opened.model.net, "reading", None)
     if opened.pipe is None or getattr(reading, "kind", "") != "flow":
         return uniform_times(steps)
+    config = opened.pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        # Not the stock grid, which spends its last step on the last thousandth of the noise.
+        return shifted_times(steps, float(config.get("shift") or 1.0))
     from rectiflow.interop.diffusers import stock_times
 
     return stock_times(opened.pipe, steps, shape=opened.model.shape)

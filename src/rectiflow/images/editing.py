@@ -301,12 +301,21 @@ class _Staged:
         return self.field.path
 
     def velocity(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        found = self.field.velocity(x, t, **condition)
-        self.bank.stage += 1
-        return found
+        return self._said("velocity", x, t, condition)
+
+    def denoise(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        return self._said("denoise", x, t, condition)
+
+    def noise(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        return self._said("noise", x, t, condition)
 
     def check(self, x: Tensor, **condition: Any) -> None:
         _check(self.field, x, condition)
+
+    def _said(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+        found = getattr(self.field, view)(x, t, **condition)
+        self.bank.stage += 1
+        return found
 
 
 @dataclass(frozen=True)
