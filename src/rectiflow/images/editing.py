@@ -236,7 +236,7 @@ class RFEdit:
         bank = None
         if self.inject:
             bank = FeatureBank(self.model, select=self.select, where=self.where, budget=self.budget)
-        attached = contextlib.nullcontext() if bank is None else bank.attached()
+        attached: Any = contextlib.nullcontext() if bank is None else bank.attached()
         with evaluating(self.model), attached:
             state = self._follow(
                 images, grid[::-1], source, self.invert_guidance, bank, "record", progress, 0
