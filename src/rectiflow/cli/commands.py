@@ -25,6 +25,8 @@ COMMANDS = {
     "reflow": Command("straighten a flow on its own pairs", "rectiflow.cli.reflow"),
     "distill": Command("distil a straightened flow to one or few steps", "rectiflow.cli.distill"),
     "sample": Command("generate images with a model", "rectiflow.cli.sample"),
+    "invert": Command("follow images to their noises and back", "rectiflow.cli.invert"),
+    "edit": Command("change what images show, not how they are built", "rectiflow.cli.edit"),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
     "grid": Command("fit a model's times to where its trajectories bend", "rectiflow.cli.grid"),

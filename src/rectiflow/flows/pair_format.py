@@ -282,6 +282,8 @@ def describe_solver(solver: Any) -> dict[str, Any]:
         # The tolerances of dopri5 are written out, whatever its defaults become.
         if name != "dopri5" and solver == solvers.resolve(name):
             return {"name": name}
+    if (spec := getattr(solver, "spec", None)) is not None:
+        return {"name": spec}
     if not is_dataclass(solver) or isinstance(solver, type):
         return {"name": type(solver).__qualname__}
     name = "dopri5" if isinstance(solver, DormandPrince) else type(solver).__qualname__
@@ -302,6 +304,6 @@ def solver_of(description: Mapping[str, Any]) -> Any:
         values["matrix"] = tuple(tuple(row) for row in values["matrix"])
         values |= {key: tuple(values[key]) for key in ("nodes", "weights")}
         return solvers.RungeKutta(**values)
-    if values or name not in solvers.names():
+    if values or name.partition(":")[0] not in solvers.names():
         raise unknown("solver", name, solvers.names())
     return solvers.resolve(name)

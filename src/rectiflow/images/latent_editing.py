@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.fields import Field, evaluating
-from rectiflow.flows.integration import integrate, time_grid
+from rectiflow.flows.integration import Corrector, integrate, time_grid
 from rectiflow.flows.sampling import condition_rows
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def encode(
     steps: int | Sequence[float] = 50,
     solver: Any = "heun",
     batch_size: int = 1024,
+    correctors: Sequence[Corrector] = (),
     **condition: Any,
 ) -> Float[Tensor, "b *dims"]:
     """The noises from which a flow makes given images.
@@ -40,6 +41,7 @@ def encode(
         steps: number of equal steps, or a rising grid of times from 0 to 1.
         solver: an ODE solver.
         batch_size: images computed together.
+        correctors: called after each step, see `integrate`.
         **condition: one row an image for tensors.
 
     Example:
@@ -51,7 +53,8 @@ def encode(
     Source: arXiv 2209.03003, section 2.1 (the flow reversed) and 5.3 (image editing).
     """
     grid = time_grid(steps)[::-1]
-    return _follow(model, images, grid, solver, batch_size, condition) / _scale(model, images)
+    found = _follow(model, images, grid, solver, batch_size, correctors, condition)
+    return found / _scale(model, images)
 
 
 @torch.no_grad()
@@ -62,6 +65,7 @@ def decode(
     steps: int | Sequence[float] = 50,
     solver: Any = "heun",
     batch_size: int = 1024,
+    correctors: Sequence[Corrector] = (),
     **condition: Any,
 ) -> Float[Tensor, "b *dims"]:
     """The images that a flow makes of noises: the way back from `encode`.
@@ -72,6 +76,7 @@ def decode(
         steps: number of equal steps, or a rising grid of times from 0 to 1.
         solver: an ODE solver; that of `encode` for edits.
         batch_size: images computed together.
+        correctors: called after each step, see `integrate`.
         **condition: one row an image for tensors.
 
     Example:
@@ -81,7 +86,7 @@ def decode(
         tensor([[1., 1.]])
     """
     start = latents * _scale(model, latents)
-    return _follow(model, start, time_grid(steps), solver, batch_size, condition)
+    return _follow(model, start, time_grid(steps), solver, batch_size, correctors, condition)
 
 
 def edit_latent(
@@ -167,6 +172,7 @@ def _follow(
     grid: Sequence[float],
     solver: Any,
     batch_size: int,
+    correctors: Sequence[Corrector],
     condition: dict[str, Any],
 ) -> Tensor:
     positive("batch_size", batch_size)
@@ -175,5 +181,5 @@ def _follow(
         for begin in range(0, len(x), batch_size):
             part = slice(begin, begin + batch_size)
             rows = condition_rows(condition, part, len(x))
-            parts.append(integrate(model, x[part], grid, solver, **rows))
+            parts.append(integrate(model, x[part], grid, solver, correctors=correctors, **rows))
     return torch.cat(parts) if parts else x.clone()

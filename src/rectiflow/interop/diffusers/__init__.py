@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "loading": ("from_pipeline",),
         "networks": ("PipelineNet",),
         "prompt_files": ("read_prompts",),
+        "prompt_lengths": ("check_prompts",),
         "prompt_table": ("PromptTable",),
         "prompts": ("encode_prompts", "with_prompts"),
         "readings": ("AnalyticReading", "FlowReading", "TableReading"),
