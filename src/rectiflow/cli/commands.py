@@ -24,6 +24,7 @@ COMMANDS = {
     "pairs": Command("generate noise-image pairs with a trained flow", "rectiflow.cli.pairs"),
     "reflow": Command("straighten a flow on its own pairs", "rectiflow.cli.reflow"),
     "distill": Command("distil a straightened flow to one or few steps", "rectiflow.cli.distill"),
+    "align": Command("fine-tune a model toward a reward", "rectiflow.cli.align"),
     "sample": Command("generate images with a model", "rectiflow.cli.sample"),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
