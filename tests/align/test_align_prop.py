@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -70,7 +71,8 @@ def test_checkpoints_change_no_bit_of_the_loss_gradient() -> None:
         )  # fmt: skip
         method.loss(Draw.of(5)).backward()
         found.append(gradients(method.model))
-    assert found[0].keys() == found[1].keys() and found[0]
+    assert found[0].keys() == found[1].keys()
+    assert found[0]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -96,7 +98,8 @@ def test_base_weights_stay() -> None:
     for name, weight in before.items():
         stem, _, leaf = name.removeprefix("net.").rpartition(".")
         own = inside.get(f"{stem}.{leaf}", inside.get(f"{stem}.base_layer.{leaf}"))
-        assert own is not None and torch.equal(own, weight), name
+        assert own is not None, name
+        assert torch.equal(own, weight), name
     assert any(bool(p.any()) for n, p in inside.items() if "lora_B" in n)
 
 
@@ -155,7 +158,7 @@ def test_linear_model_and_quadratic_reward_rise_every_step() -> None:
         optimizer.step()
         values.append(float(loss))
     assert draw.size == len(source)
-    assert all(after < before for before, after in zip(values, values[1:]))
+    assert all(after < before for before, after in itertools.pairwise(values))
     assert values[-1] < 0.6 * values[0]
 
 
@@ -198,7 +201,8 @@ def test_curve_early_stop_and_resume(tmp_path) -> None:
     # The held-out measure falls as the images brighten.
     stop = EarlyStop(lambda m: -abs(float(sample(m, source=x).mean()) - 0.3), every=1, patience=2)
     trained = Trainer(method, settings(200, rate=3e-2), callbacks=[stop]).fit()
-    assert len(stop.values) < 200 and stop.best is not None
+    assert len(stop.values) < 200
+    assert stop.best is not None
     assert float(-abs(sample(trained, source=x).mean() - 0.3)) == pytest.approx(stop.best[1])
 
 
@@ -219,10 +223,8 @@ def test_regularizers() -> None:
     free = aligned(30)[1]
     held = aligned(30, regularizers=[FieldDrift(100.0)])[1]
     source = noises(32, SHAPE)
-    start = sample(base, source=source).mean()
-    assert sample(held, source=source).mean() - start < 0.5 * (
-        sample(free, source=source).mean() - start
-    )
+    start, far, near = (float(sample(m, source=source).mean()) for m in (base, free, held))
+    assert near - start < 0.5 * (far - start)
 
 
 def test_models_without_adapters_or_with_some() -> None:
@@ -232,7 +234,8 @@ def test_models_without_adapters_or_with_some() -> None:
     again = AlignProp(thin, Brightness())
     assert again.model is not thin
     wanted = {n for n, p in again.model.named_parameters() if p.requires_grad}
-    assert wanted and all("lora_" in n for n in wanted)
+    assert wanted
+    assert all("lora_" in n for n in wanted)
 
 
 def test_diversity_of_copies_is_zero() -> None:

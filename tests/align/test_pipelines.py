@@ -43,7 +43,8 @@ def test_pipeline_is_aligned_through_its_vae(name: str) -> None:
         loss = one.loss(Draw.of(2))
         loss.backward()
         found.append({n: g for n, g in gradients(one.model).items() if "lora_" in n})
-    assert found[0] and all("to_" in n for n in found[0])
+    assert found[0]
+    assert all("to_" in n for n in found[0])
     assert any(bool(g.any()) for g in found[0].values())
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key])
@@ -53,5 +54,6 @@ def test_pipeline_is_aligned_through_its_vae(name: str) -> None:
     start = {n: p.clone() for n, p in one.model.named_parameters()}
     trained = Trainer(one, settings).fit()
     moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start[n])}
-    assert moved and all("lora_" in n for n in moved)
+    assert moved
+    assert all("lora_" in n for n in moved)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

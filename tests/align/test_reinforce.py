@@ -94,7 +94,8 @@ def test_checkpoints_change_no_bit() -> None:
         method = Reinforce(model(), lambda x: x.mean(1), checkpoint=checkpoint, rank=0)
         method.loss(Draw.of(6)).backward()
         found.append(gradients(method.model))
-    assert found[0] and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert found[0]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_no_gradient_is_asked_of_the_reward() -> None:
@@ -102,7 +103,8 @@ def test_no_gradient_is_asked_of_the_reward() -> None:
     start = {n: p.clone() for n, p in method.model.named_parameters()}
     trained = Trainer(method, TrainerSettings(steps=3, batch_size=16, ema=0.0)).fit()
     moved = {n for n, p in trained.named_parameters() if not torch.equal(p, start[n])}
-    assert moved and all("lora_" in n for n in moved)
+    assert moved
+    assert all("lora_" in n for n in moved)
 
 
 def test_equal_rewards_move_nothing() -> None:

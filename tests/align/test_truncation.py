@@ -19,7 +19,7 @@ def test_uniform_gives_every_number_of_steps_equally_often() -> None:
     counts = [20 - first for first in drawn(Uniform(), 20)]
     assert {counts.count(k) for k in range(1, 21)} == {200}
     some = [20 - first for first in drawn(Uniform(3, 6), 20)]
-    assert {k: some.count(k) for k in set(some)} == {k: 1000 for k in (3, 4, 5, 6)}
+    assert {k: some.count(k) for k in set(some)} == dict.fromkeys((3, 4, 5, 6), 1000)
 
 
 def test_normal_is_that_of_the_scripts() -> None:

@@ -187,7 +187,7 @@ _RULES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], int]] = {
 
 
 def parse_truncation(spec: str) -> Truncation:
-    """The rule of a word: full, last:K, uniform, uniform:LOW:HIGH, normal, normal:MEAN:STD, fixed:I.
+    """The rule of a word: full, last:K, uniform[:LOW:HIGH], normal[:MEAN:STD] or fixed:I.
 
     Raises:
         ValueError: an unknown rule, or numbers it does not take.

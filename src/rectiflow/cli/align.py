@@ -45,8 +45,8 @@ class Settings(OutputOptions, TrainerSettings):
     method: str = "alignprop"
     """alignprop (gradient through the sampler) or reinforce (for rewards without gradient)."""
     truncation: str = "normal"
-    """Which last steps carry gradient: normal[:MEAN:STD], uniform[:LOW:HIGH], last:K, full, fixed:I.
-    """
+    """Which last steps carry gradient: normal[:MEAN:STD], uniform[:LOW:HIGH], last:K, full or
+    fixed:I."""
     sampling_steps: int | None = None
     """Solver steps of a chain; what the model was made for by default."""
     solver: str | None = None
@@ -102,12 +102,12 @@ class Settings(OutputOptions, TrainerSettings):
             positive(name, getattr(self, name), zero=True)
         if not self.reward:
             raise ValueError("name a reward, such as --reward brightness")
-        if self.method == "reinforce":
-            if self.solver is not None or self.drift or self.target is not None:
-                raise ValueError(
-                    "--solver, --drift and --target belong to alignprop: reinforce samples by the "
-                    "sde solver; leave them out"
-                )
+        own = self.solver is not None or self.drift or self.target is not None
+        if self.method == "reinforce" and own:
+            raise ValueError(
+                "--solver, --drift and --target belong to alignprop: reinforce samples by the sde "
+                "solver; leave them out"
+            )
         from rectiflow.align.truncation import parse_truncation
 
         parse_truncation(self.truncation)

@@ -65,9 +65,7 @@ def parse_reward(
         return ClipScore(*load_clip(rest or CLIP), texts)
     head, _, source = rest.partition(":")
     if not head:
-        raise ValueError(
-            "the reward aesthetic needs its head: aesthetic:FILE or aesthetic:FILE:CLIP"
-        )
+        raise ValueError("the reward aesthetic needs its head: aesthetic:FILE[:CLIP]")
     loaded = AestheticHead.load(head)
     return Aesthetic(load_clip(source or CLIP)[0], loaded)
 
