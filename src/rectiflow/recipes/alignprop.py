@@ -47,8 +47,8 @@ from rectiflow.training.runs import Run
 from rectiflow.training.trainer import Trainer, TrainerSettings
 
 CLAIM = (
-    "Sending a reward's gradient back through the sampler reaches with a tenth of the images what a "
-    "policy gradient reaches; checkpoints make its memory nearly independent of the number of "
+    "Sending a reward's gradient back through the sampler reaches with a tenth of the images what "
+    "a policy gradient does; checkpoints make its memory nearly independent of the number of "
     "steps; and keeping more than the last step helps rewards of meaning."
 )
 BEFORE, LAST, NORMAL, UNIFORM, FULL = "before", "last step", "normal", "uniform", "all steps"
@@ -413,7 +413,7 @@ def _notes(settings: Settings) -> list[str]:
         f"Backpropagation sees {images:,} images, the longer policy gradient "
         f"{settings.policy_factor} times as many; of its rates ({rates}) and of the two samplers "
         "it may be judged by, each seed counts the best.",
-        "The policy gradient is the score-function form with one update a batch; reusing batches by "
+        "The policy gradient is the score-function form, one update a batch; reusing batches by "
         "clipped importance weights is not part of it.",
         f"Memory is that of {settings.memory_net} in batches of {settings.memory_batch}: each step "
         "adds one state, so a network whose activations are not much larger than its samples "
