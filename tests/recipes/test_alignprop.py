@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rectiflow.recipes.alignprop import (
+from rectiflow.recipes.alignment_lab import (
     BEFORE,
     DIVERSITY,
     FULL,
@@ -16,13 +16,12 @@ from rectiflow.recipes.alignprop import (
     NORMAL,
     POLICY,
     POLICY_MORE,
-    PRESETS,
     REWARD,
     UNIFORM,
     Arm,
     Found,
-    _checks,
 )
+from rectiflow.recipes.alignprop import PRESETS, _checks
 from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.training.runs import Run
 

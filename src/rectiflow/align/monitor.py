@@ -125,7 +125,7 @@ class EarlyStop:
     Args:
         held_out: from the model to a number, the more the better, on fixed noises; see `measure`.
         every: steps between looks.
-        patience: looks in a row without a new best before it ends.
+        patience: looks below the best, since that best, before it ends.
         tolerance: a fall below the best by less than this is noise.
 
     Raises:
@@ -147,6 +147,7 @@ class EarlyStop:
         self.tolerance = tolerance
         self.values: list[tuple[int, float]] = []
         self.best: tuple[int, float] | None = None
+        self.stopped = False
         self._worse = 0
         self._kept: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
@@ -168,6 +169,7 @@ class EarlyStop:
                 for name, weight in weights.items():
                     own[name].copy_(weight)
             trainer.ema.load_state_dict(average)
+            self.stopped = True
             trainer.finish_early()
 
 

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import OutputOptions, data_of, guided_by, plain_warnings
+from rectiflow.cli.options import (
+    OutputOptions,
+    choose_device,
+    data_of,
+    guided_by,
+    plain_warnings,
+)
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive, unknown
 from rectiflow.files import cache_folder, write_json
@@ -55,6 +61,9 @@ class Settings(OutputOptions, TrainerSettings):
     """Scale of classifier-free guidance inside the chain (conditional models only)."""
     lora_rank: int = 4
     """Rank of the adapters; 0 trains all weights."""
+    lora_targets: tuple[str, ...] = ()
+    """Names, or endings of names, of the layers that get adapters; projections of attention by
+    default, or all linear layers of a network without them."""
     keep_adapters: bool = False
     """Also write the adapters alone, as adapters.safetensors."""
     loss_coef: float = 1.0
@@ -133,9 +142,12 @@ class Subject:
         """The conditions of so many images, in turn."""
         import torch
 
+        from rectiflow.flows.sampling import device_of
+
         if self.conditions is None:
             return {}
-        return self.conditions.condition(torch.arange(count) % len(self.conditions))
+        found = self.conditions.condition(torch.arange(count) % len(self.conditions))
+        return {name: value.to(device_of(self.model)) for name, value in found.items()}
 
     def images(self, x: Tensor) -> Tensor:
         """Samples as images."""
@@ -154,8 +166,9 @@ def open_subject(source: str, prompts: Sequence[str]) -> Subject:
     from rectiflow.flows.couplings import TensorData
     from rectiflow.flows.fields import FlowModel
 
+    device = choose_device("auto")
     if not (Path(source) / "model_index.json").is_file():
-        model = FlowModel.from_pretrained(source)
+        model = FlowModel.from_pretrained(source).to(device)
         classes = int(getattr(model.net, "classes", 0))
         labels = torch.arange(classes)
         conditions = TensorData(labels, {"label": labels}) if classes else None
@@ -170,7 +183,7 @@ def open_subject(source: str, prompts: Sequence[str]) -> Subject:
 
     if not prompts:
         raise ValueError("a pipeline is aligned on prompts: give one or more by --prompt")
-    pipe = open_pipeline(source)
+    pipe = open_pipeline(source).to(device)
     pipe.vae.requires_grad_(False)
     table = encode_prompts(pipe, prompts)
     model = with_prompts(from_pipeline(pipe), table)
@@ -200,7 +213,7 @@ def _rewards(specs: Sequence[str], subject: Subject) -> Any:
 
         train, test = (data_of(subject.model, split) for split in ("train", "test"))
         features = load_features(train, test, kind="classifier", cache=cache_folder())
-        return features.net.logits
+        return features.to(choose_device("auto")).net.logits
 
     return parse_rewards(specs, classifier=classifier, texts=subject.texts)
 
@@ -215,6 +228,7 @@ def _method(settings: Settings, subject: Subject, reward: Any) -> Any:
     shared: dict[str, Any] = {
         "steps": settings.sampling_steps,
         "rank": settings.lora_rank,
+        "targets": settings.lora_targets or None,
         "conditions": subject.conditions,
         "guided": None if scale is None else _guide(scale),
         "decode": subject.decode,
@@ -265,7 +279,7 @@ def _run(settings: Settings, subject: Subject, method: Any, rewards: Any, run: R
     }  # fmt: skip
 
     def score(model: FlowModel) -> dict[str, float]:
-        seeded = torch.Generator().manual_seed(settings.seed)
+        seeded = torch.Generator(source.device).manual_seed(settings.seed)
         return measure(model, rewards, source, decode=subject.decode, generator=seeded, **look)
 
     file = run.path("rewards.jsonl")
@@ -298,7 +312,7 @@ def _run(settings: Settings, subject: Subject, method: Any, rewards: Any, run: R
     for name, model in (("before", base), ("after", plain)):
         numbers[name] = score(model)
         with torch.no_grad():
-            seeded = torch.Generator().manual_seed(settings.seed)
+            seeded = torch.Generator(source.device).manual_seed(settings.seed)
             x = sample(model, source=source, generator=seeded, **look)
             save_images(subject.images(x), run.path(f"{name}.png"))
     rows = read_log(file)
@@ -309,7 +323,7 @@ def _run(settings: Settings, subject: Subject, method: Any, rewards: Any, run: R
             across="training step",
             up="mean reward",
         )
-    stopped = stop.best[0] if stop.best is not None and len(rows) < settings.steps else None
+    stopped = stop.best[0] if stop.best is not None and stop.stopped else None
     write_json(
         run.path("align.json"),
         {"reward": list(settings.reward), **numbers, "went_back_to_step": stopped, "curve": rows},

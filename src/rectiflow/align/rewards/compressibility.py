@@ -62,7 +62,7 @@ class Compressibility:
         self._steps = ((steps * scale + 50) / 100).floor().clamp(1, 255)
         position = torch.arange(8, dtype=torch.float64)
         wave = torch.cos(math.pi / 8 * (position + 0.5) * position[:, None])
-        self._transform = wave * torch.where(position == 0, 0.125, 0.25).sqrt()[:, None]
+        self._transform = wave * torch.where(position == 0, 0.125, 0.25).double().sqrt()[:, None]
 
     def __call__(self, images: Float[Tensor, "b c h w"], **condition: Any) -> Float[Tensor, " b"]:
         height, width = images.shape[-2:]

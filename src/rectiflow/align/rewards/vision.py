@@ -40,7 +40,7 @@ def load_clip(source: str = CLIP) -> tuple[Any, Any]:
     try:
         model, words = CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"no CLIP model could be read at {source} ({reason})") from None
     return model.eval().requires_grad_(False), words
 
@@ -172,7 +172,7 @@ class AestheticHead(nn.Module):
             head = cls(state["layers.0.weight"].shape[1])
             head.load_state_dict(state)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{file} holds no aesthetic head ({reason})") from None
         return head.eval().requires_grad_(False)
 
