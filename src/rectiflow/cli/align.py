@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -79,6 +77,8 @@ class Settings(OutputOptions, TrainerSettings):
     """Compute steps again going backward instead of keeping their activations."""
     prompt: tuple[str, ...] = ()
     """Prompts of a pipeline, or texts for the reward clip: one, or one a class."""
+    pipeline: str | None = None
+    """Where VAE and text encoders of a trained latent model are, if not where they were."""
     early_stop_reward: tuple[str, ...] = ()
     """A held-out reward: training ends when it falls, and goes back to its best."""
     early_stop_every: int = 10
@@ -154,47 +154,36 @@ class Subject:
         return x if self.decode is None else self.decode(x)
 
 
-def open_subject(source: str, prompts: Sequence[str]) -> Subject:
-    """A model folder of ours, or a folder of a diffusers pipeline with its prompts.
+def open_subject(source: str, prompts: Sequence[str], pipeline: str | None = None) -> Subject:
+    """A model of images with its labels, or one of latents with prompts and decoder.
 
     Raises:
-        ValueError: a pipeline without prompts.
+        ValueError: a model that takes prompts, without any.
         FileNotFoundError: no model there.
     """
     import torch
 
+    from rectiflow.cli.models import attach_prompts, is_latent, open_model
     from rectiflow.flows.couplings import TensorData
-    from rectiflow.flows.fields import FlowModel
 
-    device = choose_device("auto")
-    if not (Path(source) / "model_index.json").is_file():
-        model = FlowModel.from_pretrained(source).to(device)
-        classes = int(getattr(model.net, "classes", 0))
+    opened = open_model(source, pipeline=pipeline)
+    if not is_latent(opened.model):
+        classes = int(getattr(opened.model.net, "classes", 0))
         labels = torch.arange(classes)
         conditions = TensorData(labels, {"label": labels}) if classes else None
-        return Subject(model, conditions, None, tuple(prompts))
-    from rectiflow.interop.diffusers import (
-        decode_latents,
-        encode_prompts,
-        from_pipeline,
-        open_pipeline,
-        with_prompts,
-    )
-
+        return Subject(opened.model, conditions, None, tuple(prompts))
     if not prompts:
         raise ValueError("a pipeline is aligned on prompts: give one or more by --prompt")
-    pipe = open_pipeline(source).to(device)
-    pipe.vae.requires_grad_(False)
-    table = encode_prompts(pipe, prompts)
-    model = with_prompts(from_pipeline(pipe), table)
-    return Subject(model, table, partial(decode_latents, pipe), tuple(prompts))
+    table = attach_prompts(opened, prompts)
+    opened.pipe.vae.requires_grad_(False)
+    return Subject(opened.model, table, opened.images, tuple(prompts))
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="align", summary=COMMANDS["align"].summary)
     with plain_warnings():
-        subject = open_subject(settings.model, settings.prompt)
+        subject = open_subject(settings.model, settings.prompt, settings.pipeline)
         rewards = {"reward": _rewards(settings.reward, subject)}
         if settings.early_stop_reward:
             rewards["held-out reward"] = _rewards(settings.early_stop_reward, subject)
