@@ -245,7 +245,7 @@ def test_diversity_of_copies_is_zero() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loss": "l1"}, "did you mean 'l1-target'"),
+        ({"loss": "l1-targt"}, "did you mean 'l1-target'"),
         ({"target": 1.0}, "give both or none"),
         ({"loss": "l1-target"}, "give both or none"),
         ({"coefficient": float("nan")}, "coefficient must be finite"),
