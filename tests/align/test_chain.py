@@ -27,7 +27,7 @@ def test_states_are_those_of_integrate(solver: str, checkpoint: bool) -> None:
     for first in (0, 3):
         found, _ = reached(flow, solver, first=first, checkpoint=checkpoint)
         if solver == "dopri5":
-            # Every interval begins with a guessed step size here, and with the last one there.
+            # The velocity at the start of an interval is evaluated again here, at a rounded time.
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         else:
             assert torch.equal(found, wanted)

@@ -106,6 +106,8 @@ def _advance(
     """What carries a state over one step of the grid; it returns the velocity before it too."""
     if isinstance(rule, DormandPrince):
         spans = list(pairwise(grid))
+        # The step size to try first in each interval: what the one before ended with.
+        tried: dict[int, float | None] = {0: None}
 
         def between(
             rule: Any, index: int, x: Tensor, generator: torch.Generator | None
@@ -114,7 +116,9 @@ def _advance(
             dtype = torch.promote_types(x.dtype, torch.float32)
             moment = x.new_full((x.shape[0],), start, dtype=dtype)
             slope = velocity(x, moment)
-            return rule.advance(velocity, x, start, stop, slope=slope)[0], slope
+            after, dt, _ = rule.advance(velocity, x, start, stop, dt=tried[index], slope=slope)
+            tried.setdefault(index + 1, dt)
+            return after, slope
 
         return between
     lengths = rule.intervals(grid)
