@@ -24,6 +24,7 @@ COMMANDS = {
     "pairs": Command("generate noise-image pairs with a trained flow", "rectiflow.cli.pairs"),
     "reflow": Command("straighten a flow on its own pairs", "rectiflow.cli.reflow"),
     "distill": Command("distil a straightened flow to one or few steps", "rectiflow.cli.distill"),
+    "align": Command("fine-tune a model toward a reward", "rectiflow.cli.align"),
     "sample": Command("generate images with a model", "rectiflow.cli.sample"),
     "invert": Command("follow images to their noises and back", "rectiflow.cli.invert"),
     "edit": Command("change what images show, not how they are built", "rectiflow.cli.edit"),

@@ -67,12 +67,21 @@ class StochasticEuler:
         dt: float | Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert self.path is not None
         (t,) = times
         v = velocity(x, t)
+        mean, std = self.moments(v, x, t, dt)
+        fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        # Times are float32 at least; the state keeps its own dtype.
+        return (mean + std * fresh).to(x.dtype), v
+
+    def moments(self, v: Tensor, x: Tensor, t: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the next state, given the velocity at `(x, t)`.
+
+        A step is a normal distribution, so chains have a probability that can be differentiated.
+        The solver must be bound to a field or know its path.
+        """
+        assert self.path is not None
         noise = self.path.convert(v, x, t, given="velocity", wanted="noise")
         sigma = self.path.sigma(expand(t, x))
         drift = v - (0.5 * self.scale**2 / self.source_std**2) * sigma * noise
-        fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        # Times are float32 at least; the state keeps its own dtype.
-        return (x + dt * drift + self.scale * math.sqrt(dt) * sigma * fresh).to(x.dtype), v
+        return x + dt * drift, self.scale * math.sqrt(dt) * sigma

@@ -166,7 +166,7 @@ SYSTEMS: tuple[System, ...] = (
          "Aligning Text-to-Image Diffusion Models with Reward Backpropagation",
          "align.AlignProp align.rewards",
          "Fine-tune a sampler by sending a reward's gradient back through its steps.",
-         extra="diffusers"),
+         extra="lora"),
     _row(12, "visual-anagram-mtl", "2412.02693",
          "Diffusion-based Visual Anagram as Multi-task Learning",
          "guidance.Anagram guidance.views",

@@ -50,7 +50,7 @@ def train_model(
         model = finish(model)
     made: dict[str, Any] = {
         **plain(entry),
-        "steps": settings.steps,
+        "steps": trainer.step,
         "batch_size": settings.batch_size * settings.accumulate * trainer.accelerator.num_processes,
         "seed": settings.seed,
     }

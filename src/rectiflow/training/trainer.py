@@ -143,6 +143,7 @@ class Trainer:
         self.ema = EMA(method.model, self.settings.ema)
         self.generator = torch.Generator(self.device)
         self.step = 0
+        self._enough = False
 
     def fit(self, *, resume: bool = False) -> FlowModel:
         """Train to the last step and return the averaged model.
@@ -171,12 +172,12 @@ class Trainer:
             bar(self.title, settings.steps, start=self.step, shown=shown) as progress,
         ):
             numbers: dict[str, float] = {}
-            while self.step < settings.steps:
+            while self.step < settings.steps and not self._enough:
                 self._update(window)
                 self.step += 1
                 for callback in self.callbacks:
                     callback(self, self.step)
-                last = self.step == settings.steps
+                last = self.step == settings.steps or self._enough
                 stop = self._agreed(interrupted.is_set())
                 due = last or stop or self.step % settings.checkpoint_every == 0
                 if due or self.step % settings.log_every == 0:
@@ -195,6 +196,10 @@ class Trainer:
             tracker.finish()
         self.method.model.eval()
         return self.result()
+
+    def finish_early(self) -> None:
+        """Make the present step the last one; for callbacks that watch the model."""
+        self._enough = True
 
     def result(self) -> FlowModel:
         """The averaged model, in evaluation mode."""
