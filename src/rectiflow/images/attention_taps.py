@@ -41,7 +41,7 @@ def attentions(net: nn.Module) -> list[str]:
         ValueError: a network without any that is known, or with fused projections.
     """
     if _kind(net) is not None:
-        found: dict[str, Any] = net.attn_processors  # type: ignore[assignment]
+        found: dict[str, Any] = net.attn_processors
         names = [name.removesuffix(".processor") for name in found]
         fused = [n for n in names if getattr(net.get_submodule(n), "fused_projections", False)]
         if fused:
