@@ -153,8 +153,8 @@ def test_pairs_of_other_prompts_guidance_or_weights_are_refused(given, tmp_path,
         ),
         (["distill", "pipe", "--method", "f-distill"], "f-distill trains on data, and a pipeline"),
         (
-            ["reflow", "pipe", "--prompts", "prompts", "--student", "unet-7m"],
-            "the teacher takes prompts and unet-7m does not: take stacked",
+            ["reflow", "pipe", "--prompts", "prompts", "--student", "mlp:width=8"],
+            "the teacher takes prompts and mlp:width=8 does not: take stacked",
         ),
         (
             ["reflow", "pipe", "--lora", "2", "--student", "unet-7m"],
