@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import rectiflow
 
 HEAVY = ("torch", "numpy", "tyro", "rich")
 # Runs a command line in this process, whatever way it exits, then prints the heavy modules loaded.
@@ -40,3 +44,12 @@ def test_public_names_import_on_demand() -> None:
 @pytest.mark.parametrize("argument", ["--help", "list"])
 def test_light_commands_load_nothing_heavy(argument: str) -> None:
     assert loaded(PROBE.format(heavy=HEAVY), argument) == "0"
+
+
+def test_no_public_name_is_hidden_by_the_file_it_comes_from() -> None:
+    # Importing a file sets it as an attribute of its package, over a lazy name that is the same.
+    for init in Path(rectiflow.__file__).parent.rglob("__init__.py"):
+        for call in ast.walk(ast.parse(init.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "attach":
+                table = ast.literal_eval(call.args[1])
+                assert not table.keys() & {n for names in table.values() for n in names}, init

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,10 +45,8 @@ class Opened:
         """
         if not is_latent(self.model):
             return None
-        from rectiflow.interop.diffusers import open_pipeline
-
         try:
-            return open_pipeline(self.source or "").to(self.device)
+            return read_pipeline(self.source or "").to(self.device)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"the model makes latents of a {self.model.data.get('pipeline')} and needs its VAE "
@@ -121,11 +120,11 @@ def open_model(
 
     place = choose_device(device)
     if is_pipeline(spec):
-        from rectiflow.interop.diffusers import from_pipeline, open_pipeline
+        from rectiflow.interop.diffusers import from_pipeline
 
         if pipeline is not None:
             raise ValueError(f"{spec} is a pipeline itself: leave out --pipeline")
-        pipe = open_pipeline(spec).to(place)
+        pipe = read_pipeline(spec).to(place)
         opened = Opened(from_pipeline(pipe, init=init).to(place), place, spec)
         opened.model.lineage[0]["source"] = spec
         opened.pipe = pipe
@@ -140,6 +139,20 @@ def open_model(
         with torch.no_grad():
             attach_prompts(opened, prompt)
     return opened
+
+
+def read_pipeline(spec: str) -> Any:
+    """A diffusers pipeline; its progress bars are for terminals only."""
+    from rectiflow.errors import require
+
+    require("diffusers", "diffusers")
+    from diffusers.utils import logging
+
+    from rectiflow.interop.diffusers import open_pipeline
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return open_pipeline(spec)
 
 
 def attach_prompts(opened: Opened, prompts: Sequence[str]) -> Any:
