@@ -145,13 +145,15 @@ def read_pipeline(spec: str) -> Any:
     """A diffusers pipeline; its progress bars are for terminals only."""
     from rectiflow.errors import require
 
-    require("diffusers", "diffusers")
-    from diffusers.utils import logging
+    require("diffusers", "diffusers", "transformers")
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
     from rectiflow.interop.diffusers import open_pipeline
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     return open_pipeline(spec)
 
 
