@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "data_premetrics": ("DataPseudoHuber", "NoiseL2"),
         "fields": ("Counted", "Field", "FlowModel"),
         "first_order": ("FirstOrder", "first_order_jump"),
-        "flux_times": ("flux_shift", "flux_times"),
+        "flux_grid": ("flux_shift", "flux_times"),
         "guidance": ("ClassifierFree", "SkipLayers"),
         "heun_euler": ("HeunEuler",),
         "implicit_midpoint": ("ImplicitMidpoint",),
