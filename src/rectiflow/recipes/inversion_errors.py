@@ -51,7 +51,8 @@ def known_field(x: Float[Tensor, "n 1"], t: Float[Tensor, " n"]) -> Float[Tensor
 
 def orders(solver: str) -> Orders:
     """Measure a solver on the known field, in float64."""
-    x = torch.sin(0.37 * torch.arange(64, dtype=torch.float64)).unsqueeze(1)
+    # With these ten points the released code was measured.
+    x = torch.sin(0.37 * torch.arange(10, dtype=torch.float64)).unsqueeze(1)
     exact = integrate(known_field, x, 512, "rk4")
 
     def errors(steps: int) -> tuple[float, float]:
