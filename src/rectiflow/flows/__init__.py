@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "fields": ("Counted", "Field", "FlowModel"),
         "first_order": ("FirstOrder", "first_order_jump"),
         "flux_times": ("flux_shift", "flux_times"),
-        "guidance": ("ClassifierFree", "SkipLayers"),
+        "guidance": ("ClassifierFreeGuidance", "SkipLayers"),
         "heun_euler": ("HeunEuler",),
         "implicit_midpoint": ("ImplicitMidpoint",),
         "integration": ("Step", "Trajectory", "integrate", "uniform_times"),

@@ -67,6 +67,11 @@ class DormandPrince:
             positive(name, getattr(self, name))
 
     def bind(self, field: Any) -> DormandPrince:
+        if getattr(field, "remembers", False):
+            raise ValueError(
+                "dopri5 takes evaluations back, so it cannot follow a field that remembers them "
+                "(guidance with momentum): set momentum=0 or use a fixed-step solver such as heun"
+            )
         return self
 
     def advance(

@@ -32,7 +32,7 @@ class CompiledSampler:
         mode: passed to `torch.compile`, such as "reduce-overhead" for CUDA graphs.
 
     Raises:
-        ValueError: the solver is adaptive or stochastic.
+        ValueError: the solver is adaptive or stochastic, or the field remembers evaluations.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class CompiledSampler:
         method = resolve(solver)
         if not isinstance(method, RungeKutta):
             raise ValueError(f"only fixed-step Runge-Kutta solvers can be unrolled, got {solver!r}")
+        if getattr(field, "remembers", False):
+            raise ValueError(
+                "steps that are compiled together share no memory, so a field that remembers "
+                "(guidance with momentum) cannot be unrolled: set momentum=0 or use integrate"
+            )
         self.field, self.solver, self.steps_per_call = field, method, steps_per_call
         velocity = velocity_of(field)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.fields import evaluating
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.implicit_midpoint import ImplicitMidpoint
 from rectiflow.flows.integration import Corrector, Step, integrate, time_grid
 from rectiflow.flows.solvers import RungeKutta, resolve
@@ -191,7 +191,7 @@ class RFEdit:
     select: str | None = None
     where: str = "device"
     budget: int | None = None
-    guide: Callable[[Any, float], Any] = ClassifierFree
+    guide: Callable[[Any, float], Any] = ClassifierFreeGuidance
 
     def __post_init__(self) -> None:
         for name in ("guidance", "invert_guidance"):
