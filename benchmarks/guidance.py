@@ -23,7 +23,7 @@ OURS, THEIRS = "our solver", "the pipeline's scheduler"
 CASES: tuple[tuple[str, tuple[int, ...], int, str, dict[str, Any]], ...] = (
     ("mlp 0.5 M, batch 64", (1, 8, 8), 64, "mlp", {"width": 256, "depth": 3}),
     ("unet width 32, batch 4", (3, 16, 16), 4, "unet", {"width": 32, "blocks": 1}),
-    ("mmdit width 128, batch 4", (3, 32, 32), 4, "mmdit", {"depth": 4, "heads": 4, "head_dim": 32}),
+    ("mmdit width 64, batch 4", (3, 16, 16), 4, "mmdit", {"depth": 2, "heads": 4, "head_dim": 16}),
 )
 
 

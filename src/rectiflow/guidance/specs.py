@@ -67,7 +67,7 @@ def parse_guidance(text: str | float) -> GuidanceSpec:
     first, *pairs = [part.strip() for part in rest.split(",")]
     settings = _first(kind, first, text)
     named: set[str] = {"scale"} if _is_number(first) else set()
-    for pair in pairs if first and "=" not in first else [first, *pairs]:
+    for pair in [first, *pairs] if "=" in first else pairs:
         name, equals, value = (word.strip() for word in pair.partition("="))
         if not equals:
             raise ValueError(f"guidance {str(text)!r} is not understood: write {FORMS}")
