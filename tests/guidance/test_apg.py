@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rectiflow.align.chain import sample_with_gradient
 from rectiflow.distill.generation import describe_field
 from rectiflow.flows import Field, FlowModel, RectifiedPath, integrate
 from rectiflow.flows.compiled import CompiledSampler
@@ -433,5 +434,7 @@ def test_momentum_and_solvers_that_cannot_have_it() -> None:
         integrate(ClassifierFreeGuidance(field, 1.0), X, 2, "dopri5", label=LABEL)
     with pytest.raises(ValueError, match="share no memory"):
         CompiledSampler(field)
+    with pytest.raises(ValueError, match="again going backward, so a field that remembers"):
+        sample_with_gradient(field, X, 2, label=LABEL)
     with pytest.raises(ValueError, match="unknown preset of guidance 'sdx': did you mean 'sdxl'"):
         preset("sdx")

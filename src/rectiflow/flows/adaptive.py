@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.solvers import RungeKutta, combine
 
 if TYPE_CHECKING:
@@ -67,11 +68,7 @@ class DormandPrince:
             positive(name, getattr(self, name))
 
     def bind(self, field: Any) -> DormandPrince:
-        if getattr(field, "remembers", False):
-            raise ValueError(
-                "dopri5 takes evaluations back, so it cannot follow a field that remembers them "
-                "(guidance with momentum): set momentum=0 or use a fixed-step solver such as heun"
-            )
+        refuse_memory(field, "dopri5 takes evaluations back")
         return self
 
     def advance(

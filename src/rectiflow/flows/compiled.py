@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.fields import Field, Velocity, velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import check_inputs, stage_times, time_grid
 from rectiflow.flows.solvers import RungeKutta, resolve
 
@@ -47,11 +48,7 @@ class CompiledSampler:
         method = resolve(solver)
         if not isinstance(method, RungeKutta):
             raise ValueError(f"only fixed-step Runge-Kutta solvers can be unrolled, got {solver!r}")
-        if getattr(field, "remembers", False):
-            raise ValueError(
-                "steps that are compiled together share no memory, so a field that remembers "
-                "(guidance with momentum) cannot be unrolled: set momentum=0 or use integrate"
-            )
+        refuse_memory(field, "steps that are compiled together share no memory")
         self.field, self.solver, self.steps_per_call = field, method, steps_per_call
         velocity = velocity_of(field)
 

@@ -35,7 +35,7 @@ class ClassifierFreeGuidance(AgainstNull):
         start: the first time (0 is noise) at which guidance applies.
         stop: the last time at which it applies; outside, the field is the conditional one.
         batched: evaluate both branches in one call on a batch of twice the size. Off, two calls
-            take half the memory. BATCHED_REASON
+            take half the memory; `benchmarks/guidance.py` times both.
 
     Raises:
         ValueError: a negative or non-finite scale, times out of order; when evaluated, a negative

@@ -37,6 +37,15 @@ def begun(field: Any) -> Any:
     return field if begin is None else begin()
 
 
+def refuse_memory(field: Any, reason: str) -> None:
+    """Raise ValueError for a field that remembers its evaluations, where that cannot be right."""
+    if getattr(field, "remembers", False):
+        raise ValueError(
+            f"{reason}, so a field that remembers its evaluations (guidance with momentum) cannot "
+            "be followed: set momentum=0"
+        )
+
+
 class Guided(ABC):
     """The members of a field, all made by one rule for what the field inside says.
 

@@ -167,7 +167,7 @@ class APG(AgainstNull):
     Within one, an evaluation at a new time adds to the average, in either direction of time; one
     at the time of the last (the end of a step of Heun's and the start of the next, both middles
     of Runge-Kutta's fourth-order method) replaces it. Adaptive solvers, which take evaluations
-    back, and compiled samplers refuse a field with momentum.
+    back, compiled samplers and alignment, which run steps apart, refuse a field with momentum.
 
     Where the path has no noise left (`sigma = 0`, the end at t = 1) the velocity of a momentum is
     not defined: that evaluation goes without momentum and norm, which is the limit of both.
