@@ -15,17 +15,22 @@ def attach(
     Args:
         package: the package's `__name__`.
         exports: submodule name to the public names it defines. An empty tuple exports the
-            submodule itself.
+            submodule itself. A dotted name is that of a module of another package, whose names
+            this one offers too.
 
     Returns:
         the three objects, to be assigned at package level (PEP 562).
     """
-    owner = {name: module for module, names in exports.items() for name in names}
-    public = sorted({*exports, *owner})
+    owner = {
+        name: module if "." in module else f"{package}.{module}"
+        for module, names in exports.items()
+        for name in names
+    }
+    public = sorted({*owner, *(module for module in exports if "." not in module)})
 
     def load(name: str) -> Any:
         if name in owner:
-            return getattr(importlib.import_module(f"{package}.{owner[name]}"), name)
+            return getattr(importlib.import_module(owner[name]), name)
         if name in exports:
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ from rectiflow.align import (
 )
 from rectiflow.align.rewards import Brightness
 from rectiflow.distill import merge_lora
-from rectiflow.flows import ClassifierFree, FlowModel, sample
+from rectiflow.flows import ClassifierFreeGuidance, FlowModel, sample
 from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.training import OptimizerSettings, Trainer, TrainerSettings
 
@@ -66,7 +66,7 @@ def test_checkpoints_change_no_bit_of_the_loss_gradient() -> None:
     for checkpoint in (True, False):
         method = AlignProp(
             model(SHAPE, classes=3), Brightness(), checkpoint=checkpoint, conditions=labels(),
-            guided=lambda m: ClassifierFree(m, 2.0), decode=decode, solver="sde", rank=0,
+            guided=lambda m: ClassifierFreeGuidance(m, 2.0), decode=decode, solver="sde", rank=0,
             regularizers=[RangePenalty(1.0), FieldDrift(0.1)],
         )  # fmt: skip
         method.loss(Draw.of(5)).backward()

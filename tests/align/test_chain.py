@@ -7,7 +7,7 @@ import torch
 from tests.align.tiny import Linear, gradients, model, noises
 
 from rectiflow.align import Fixed, Uniform, peak_bytes, sample_with_gradient
-from rectiflow.flows import ClassifierFree, FlowModel, integrate, solvers
+from rectiflow.flows import ClassifierFreeGuidance, FlowModel, integrate, solvers
 from rectiflow.nets import MLP
 
 SOLVERS = solvers.names()
@@ -127,7 +127,7 @@ def test_uniform_cuts_average_over_all_cuts() -> None:
 
 def test_guided_fields_carry_gradient_through_both_branches() -> None:
     flow = model(classes=3)
-    guided, label = ClassifierFree(flow, 3.0), torch.tensor([0, 1, 2, 0, 1])
+    guided, label = ClassifierFreeGuidance(flow, 3.0), torch.tensor([0, 1, 2, 0, 1])
     sample_with_gradient(guided, noises(), 3, label=label).sum().backward()
     rows = [p.grad for n, p in flow.named_parameters() if "label" in n and p.grad is not None]
     assert bool(rows[0].flatten(1)[3].any()), "the null row is trained too"

@@ -11,7 +11,7 @@ from tests.interop.pipelines import PROMPTS, sd, sd3, tokens
 
 from rectiflow.align import AlignProp, Fixed, LastK
 from rectiflow.align.rewards import Brightness
-from rectiflow.flows import ClassifierFree
+from rectiflow.flows import ClassifierFreeGuidance
 from rectiflow.flows.couplings import Draw
 from rectiflow.interop.diffusers import (
     decode_latents,
@@ -33,8 +33,8 @@ def test_pipeline_is_aligned_through_its_vae(name: str) -> None:
     def method(checkpoint: bool, truncation) -> AlignProp:
         return AlignProp(
             model, Brightness(), conditions=table, decode=partial(decode_latents, pipe), rank=2,
-            guided=lambda m: ClassifierFree(m, 3.0), checkpoint=checkpoint, truncation=truncation,
-            steps=3, solver="euler",
+            guided=lambda m: ClassifierFreeGuidance(m, 3.0), checkpoint=checkpoint,
+            truncation=truncation, steps=3, solver="euler",
         )  # fmt: skip
 
     found = []

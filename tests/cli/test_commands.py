@@ -14,8 +14,10 @@ from rectiflow.cli import main
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.settings import from_toml
 from rectiflow.cli.train import Settings as TrainSettings
-from rectiflow.flows import FlowModel
+from rectiflow.flows import FlowModel, integrate
+from rectiflow.guidance import APG, ClassifierFreeGuidance
 from rectiflow.interop.export import run_program
+from rectiflow.nets import build
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,42 @@ def test_sample_is_reproducible(chain, tmp_path):
         words = ["--count", "5", "--steps", "2", "--seed", "3", "--batch-size", "2"]
         main(["sample", model, *words, "--out", str(tmp_path / name)])
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_sample_under_guidance(tmp_path, capsys):
+    """The words on the command line and the field in Python give the same images."""
+    net = build("mlp", shape=(1, 8, 8), width=16, depth=1, classes=10, zero=False)
+    model = FlowModel(net, shape=(1, 8, 8))
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    words = ["sample", folder, "--count", "4", "--steps", "3", "--label", "2", "--guidance"]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 1, 8, 8, generator=generator)
+    fields = {
+        "3": ClassifierFreeGuidance(model, 3.0),
+        "cfg:3,stop=0.5,negative=1": ClassifierFreeGuidance(
+            model, 3.0, stop=0.5, negative={"label": 1}
+        ),
+        "apg:7.5,eta=0,momentum=-0.5,norm=2": APG(model, 7.5, norm=2.0),
+    }
+    for index, (said, field) in enumerate(fields.items()):
+        out = tmp_path / f"{index}.npy"
+        assert main([*words, said, "--out", str(out)]) == 0
+        with torch.no_grad():
+            wanted = integrate(field, noise, 3, label=torch.full((4,), 2))
+        np.testing.assert_allclose(np.load(out), wanted, rtol=1e-4, atol=1e-5)
+    for said, message in (
+        ("agp:4", "did you mean 'apg'"),
+        ("apg:4,eta=2", "eta must be in [0, 1]"),
+        ("cfg:4,negative=10", "must be a label from 0 to 9, got 10"),
+        ("-1", "guidance must be >= 0"),
+    ):
+        assert message in fails([*words, said, "--out", str(tmp_path / "x.npy")], capsys)
+
+
+def test_guidance_of_a_model_without_labels_is_refused(chain, tmp_path, capsys):
+    words = ["sample", str(chain / "flow/model"), "--guidance", "apg:4"]
+    message = fails([*words, "--out", str(tmp_path / "x.npy")], capsys)
+    assert "--guidance needs a model that takes labels" in message
 
 
 def test_info_tells_model_and_lineage(chain, capsys):

@@ -10,7 +10,7 @@ from tests.interop.pipelines import PROMPTS, noises, quiet, sd, shared, stirred,
 
 from rectiflow.cli import main
 from rectiflow.flows import FlowModel, PairStore, sample
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.integration import integrate
 from rectiflow.interop.diffusers import encode_prompts, from_pipeline, with_prompts
 
@@ -66,7 +66,7 @@ def test_pairs_are_what_the_guided_pipeline_makes(given) -> None:
     source, target, condition = store.rows(torch.arange(6))
     assert sorted(condition["prompt"].tolist()) == [0, 0, 0, 1, 1, 1]
     with torch.no_grad():
-        guided = ClassifierFree(teacher(), 2.0)
+        guided = ClassifierFreeGuidance(teacher(), 2.0)
         expected = integrate(guided, source, 2, "euler", **condition)
     torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-4)
     assert store.settings.guidance == "ClassifierFree(scale=2.0)"

@@ -137,6 +137,9 @@ def test_guidance_of_live_and_of_stored_pairs(models, tmp_path, capsys):
     assert main(["pairs", *guided, *made]) == 0
     stored = trained(["reflow", *guided, "--pairs", pairs], tmp_path / "stored")
     assert stored.lineage[-1]["guidance"] == 2
+    words = "apg:3,norm=2"
+    projected = trained(["reflow", models["labelled"], "--guidance", words], tmp_path / "apg")
+    assert projected.lineage[-1]["guidance"] == words
     other = ["reflow", models["labelled"], "--guidance", "3", "--pairs", pairs]
     message = fails([*other, "--out", str(tmp_path / "x")], capsys)
     assert "scale=2.0" in message

@@ -9,7 +9,7 @@ from torch import nn
 from rectiflow.distill import OneStepDistillation, TextReflow
 from rectiflow.flows import FlowModel, Independent, LivePairs, VariancePreservingPath, sample
 from rectiflow.flows.couplings import Draw, TensorData
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.nets import MLP
 from rectiflow.training import Trainer, TrainerSettings
 from rectiflow.training.optimizers import OptimizerSettings
@@ -61,7 +61,9 @@ def test_guidance_is_linear_in_its_scale() -> None:
     field, x, t = model(), torch.randn(4, 2), torch.rand(4)
     label = torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
-        at = {s: ClassifierFree(field, s).velocity(x, t, label=label) for s in (0.0, 1.0, 2.5)}
+        at = {
+            s: ClassifierFreeGuidance(field, s).velocity(x, t, label=label) for s in (0.0, 1.0, 2.5)
+        }
         assert torch.equal(at[1.0], field.velocity(x, t, label=label))
         torch.testing.assert_close(at[0.0], field.velocity(x, t))
     torch.testing.assert_close(at[2.5], at[0.0] + 2.5 * (at[1.0] - at[0.0]))
@@ -69,7 +71,7 @@ def test_guidance_is_linear_in_its_scale() -> None:
 
 def test_pairs_are_guided_and_training_is_not() -> None:
     teacher, data = model(), labels()
-    guided = ClassifierFree(teacher, 3.0)
+    guided = ClassifierFreeGuidance(teacher, 3.0)
     pairs = LivePairs(teacher, 2, labels=data, guided=guided).draw(Draw.of(8))
     plain = LivePairs(teacher, 2, labels=data).draw(Draw.of(8))
     assert torch.equal(pairs.source, plain.source)

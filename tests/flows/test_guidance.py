@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from rectiflow.distill import generate_pairs
 from rectiflow.distill.generation import describe_field
-from rectiflow.flows import ClassifierFree, Field, FlowModel, LivePairs, SkipLayers, integrate
+from rectiflow.flows import (
+    ClassifierFreeGuidance,
+    Field,
+    FlowModel,
+    LivePairs,
+    SkipLayers,
+    integrate,
+)
 from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.flows.paths import PATHS, build
 
@@ -38,7 +47,7 @@ def said(label: torch.Tensor) -> torch.Tensor:
 
 def test_guidance_is_the_formula_in_one_stacked_call():
     net = Net()
-    found = ClassifierFree(FlowModel(net), 2.5).velocity(X, T, label=LABEL)
+    found = ClassifierFreeGuidance(FlowModel(net), 2.5).velocity(X, T, label=LABEL)
     null = said(torch.full_like(LABEL, 7))
     torch.testing.assert_close(found, null + 2.5 * (said(LABEL) - null))
     assert net.calls == [6]
@@ -47,13 +56,13 @@ def test_guidance_is_the_formula_in_one_stacked_call():
 @pytest.mark.parametrize("scale, label", [(1.0, LABEL), (0.0, torch.full_like(LABEL, 7))])
 def test_scales_one_and_zero_are_one_branch(scale, label):
     net = Net()
-    found = ClassifierFree(FlowModel(net), scale).velocity(X, T, label=LABEL)
+    found = ClassifierFreeGuidance(FlowModel(net), scale).velocity(X, T, label=LABEL)
     assert torch.equal(found, said(label))
     assert net.calls == [3]
 
 
 def test_without_a_condition_there_is_nothing_to_guide():
-    field = ClassifierFree(FlowModel(lambda x, t: 2 * x), 3.0)
+    field = ClassifierFreeGuidance(FlowModel(lambda x, t: 2 * x), 3.0)
     assert torch.equal(field.velocity(X, T), 2 * X)
 
 
@@ -61,7 +70,7 @@ def test_without_a_condition_there_is_nothing_to_guide():
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
 def test_views_of_a_guided_field_agree(path, prediction):
     net, t = Net(), torch.full((3,), 0.4, dtype=torch.float64)
-    field = ClassifierFree(FlowModel(net, build(path), prediction), 3.0)
+    field = ClassifierFreeGuidance(FlowModel(net, build(path), prediction), 3.0)
     assert isinstance(field, Field)
     x = X.double()
     views = {"velocity": field.velocity, "data": field.denoise, "noise": field.noise}
@@ -76,7 +85,7 @@ def test_skipping_layers_pushes_away_from_the_weaker_net_between_two_times():
     net = Net()
     field = SkipLayers(FlowModel(net), [3, 4], scale=2.5, guidance=4.0, start=0.2, stop=0.8)
     found = field.velocity(X, T, label=LABEL)
-    guided = ClassifierFree(FlowModel(Net()), 4.0).velocity(X, T, label=LABEL)
+    guided = ClassifierFreeGuidance(FlowModel(Net()), 4.0).velocity(X, T, label=LABEL)
     expected = guided + 2.5 * torch.tensor([[0.0], [2.0], [0.0]])
     torch.testing.assert_close(found, expected)
     assert net.calls == [6, 3], "three evaluations, not four"
@@ -86,7 +95,7 @@ def test_no_layers_or_times_outside_cost_and_change_nothing():
     for settings in ({"layers": ()}, {"start": 0.95, "stop": 1.0}, {"scale": 0.0}):
         net = Net()
         field = SkipLayers(FlowModel(net), **{"layers": (0,), "guidance": 4.0, **settings})
-        guided = ClassifierFree(FlowModel(Net()), 4.0)
+        guided = ClassifierFreeGuidance(FlowModel(Net()), 4.0)
         assert torch.equal(field.velocity(X, T, label=LABEL), guided.velocity(X, T, label=LABEL))
         assert net.calls == [6]
 
@@ -97,9 +106,83 @@ def test_skipping_without_guidance_of_the_null_needs_the_conditional_branch():
     torch.testing.assert_close(field.velocity(X, T, label=LABEL), null + 1)
 
 
+def test_one_call_or_two_say_the_same():
+    net = Net()
+    two = ClassifierFreeGuidance(FlowModel(net), 2.5, batched=False)
+    found = two.velocity(X, T, label=LABEL)
+    assert net.calls == [3, 3]
+    one = ClassifierFreeGuidance(FlowModel(Net()), 2.5)
+    assert torch.equal(found, one.velocity(X, T, label=LABEL))
+
+
+def test_values_without_rows_that_differ_take_two_calls():
+    class Styled(Net):
+        def forward(self, x, t, *, label, style):
+            return super().forward(x, t, label=label) + len(style)
+
+        def null_condition(self, *, label, style):
+            return {"label": torch.full_like(label, 7), "style": ""}
+
+    net = Styled()
+    found = ClassifierFreeGuidance(FlowModel(net), 2.0).velocity(X, T, label=LABEL, style="ink")
+    null = said(torch.full_like(LABEL, 7))
+    torch.testing.assert_close(found, null + 2.0 * (said(LABEL) + 3 - null))
+    assert net.calls == [3, 3]
+
+
+def test_the_interval_is_closed_and_costs_one_call_outside():
+    net = Net()
+    field = ClassifierFreeGuidance(FlowModel(net), 3.0, start=0.1, stop=0.5)
+    whole = ClassifierFreeGuidance(FlowModel(Net()), 3.0).velocity(X, T, label=LABEL)
+    found = field.velocity(X, T, label=LABEL)
+    torch.testing.assert_close(found[:2], whole[:2])
+    assert torch.equal(found[2], said(LABEL)[2])
+    assert torch.equal(field.velocity(X, T * 0 + 0.7, label=LABEL)[2], X[2] + 0.7 + 20)
+    assert net.calls == [6, 3]
+
+
+def test_the_interval_needs_no_look_at_the_time():
+    """Compiled in one piece: nothing is read back, as on a device that must not be awaited."""
+    field = ClassifierFreeGuidance(FlowModel(Net()), 3.0, start=0.2, stop=0.5)
+    compiled = torch.compile(
+        lambda x, t: field.velocity(x, t, label=LABEL), backend="eager", fullgraph=True
+    )
+    for t in (T, T * 0 + 0.7):
+        torch.testing.assert_close(compiled(X, t), field.velocity(X, t, label=LABEL))
+
+
+@pytest.mark.parametrize("negative", [5, torch.tensor(5), torch.tensor([5]), torch.full((3,), 5)])
+def test_a_negative_condition_takes_the_place_of_the_null(negative):
+    field = ClassifierFreeGuidance(FlowModel(Net()), 3.0, negative={"label": negative})
+    away = said(torch.full_like(LABEL, 5))
+    found = field.velocity(X, T, label=LABEL)
+    torch.testing.assert_close(found, away + 3 * (said(LABEL) - away))
+
+
+def test_a_negative_condition_makes_do_without_a_null():
+    model = FlowModel(lambda x, t, label: x + label[:, None])
+    field = ClassifierFreeGuidance(model, 2.0, negative={"label": 1})
+    torch.testing.assert_close(field.velocity(X, T, label=LABEL), X + 2 * LABEL[:, None] - 1)
+
+
+def test_records_tell_negatives_apart():
+    model = FlowModel(Net())
+    told = [
+        describe_field(ClassifierFreeGuidance(model, 3.0, negative={"label": value}))
+        for value in (1, 2, torch.tensor([1]), torch.tensor([2]))
+    ]
+    assert len(set(told)) == 4
+    assert told[0] == "ClassifierFree(scale=3.0, negative={label:1})"
+    two = ClassifierFreeGuidance(model, 3.0, batched=False, stop=0.5)
+    assert describe_field(two) == "ClassifierFree(scale=3.0, stop=0.5)"
+
+
 def test_a_guided_field_is_a_teacher(tmp_path):
     model = FlowModel(Net(), shape=(2,))
-    guided, labels = ClassifierFree(model, 3.0), TensorData(torch.zeros(3, 2), {"label": LABEL})
+    guided, labels = (
+        ClassifierFreeGuidance(model, 3.0),
+        TensorData(torch.zeros(3, 2), {"label": LABEL}),
+    )
     pairs = LivePairs(model, steps=4, labels=labels, guided=guided).draw(Draw.of(3))
     expected = integrate(guided, pairs.source, 4, **pairs.condition)
     torch.testing.assert_close(pairs.target, expected)
@@ -117,10 +200,25 @@ def test_records_name_what_was_skipped():
 
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="scale must be >= 0"):
-        ClassifierFree(FlowModel(Net()), -1.0)
+        ClassifierFreeGuidance(FlowModel(Net()), -1.0)
+    for scale, message in ((math.nan, "scale must be >= 0"), (math.inf, "scale must be finite")):
+        with pytest.raises(ValueError, match=message):
+            ClassifierFreeGuidance(FlowModel(Net()), scale)
+    with pytest.raises(ValueError, match=r"needs 0 <= start < stop <= 1, got 0\.5 to 0\.1"):
+        ClassifierFreeGuidance(FlowModel(Net()), 2.0, start=0.5, stop=0.1)
+    with pytest.raises(ValueError, match="gives 'lable', but samples are conditioned on label"):
+        ClassifierFreeGuidance(FlowModel(Net()), 2.0, negative={"lable": 1}).velocity(
+            X, T, label=LABEL
+        )
+    with pytest.raises(ValueError, match=r"must have the shape \(3,\)"):
+        ClassifierFreeGuidance(
+            FlowModel(Net()), 2.0, negative={"label": torch.tensor([1, 2])}
+        ).velocity(X, T, label=LABEL)
+    with pytest.raises(ValueError, match="needs a condition to guide toward, got none"):
+        integrate(ClassifierFreeGuidance(FlowModel(Net()), 2.0), X, 2)
     with pytest.raises(ValueError, match="layers must be >= 0"):
         SkipLayers(FlowModel(Net()), (-1,))
     with pytest.raises(ValueError, match="start <= stop"):
         SkipLayers(FlowModel(Net()), (0,), start=0.5, stop=0.1)
     with pytest.raises(ValueError, match="no null condition for label"):
-        ClassifierFree(FlowModel(lambda x, t, label: x), 2.0).velocity(X, T, label=LABEL)
+        ClassifierFreeGuidance(FlowModel(lambda x, t, label: x), 2.0).velocity(X, T, label=LABEL)

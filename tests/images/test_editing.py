@@ -10,14 +10,14 @@ import pytest
 import torch
 from tests.images.test_feature_bank import case, ours
 
-from rectiflow.flows import ClassifierFree, FlowModel, GaussianField, integrate
+from rectiflow.flows import ClassifierFreeGuidance, FlowModel, GaussianField, integrate
 from rectiflow.images import Edit, FeatureBank, RFEdit, invert, round_trip
 
 IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
 SOURCE, TARGET = {"label": torch.tensor([0, 1])}, {"label": torch.tensor([2, 3])}
 
 
-class TwoCalls(ClassifierFree):
+class TwoCalls(ClassifierFreeGuidance):
     """Guidance by one call for each half, the null one first."""
 
     def _guide(self, view: str, x: Any, t: Any, condition: dict[str, Any]) -> Any:
@@ -68,7 +68,7 @@ def test_invariant_8_no_injection_is_no_editing(solver: str) -> None:
     noise = invert(model, IMAGES, steps=4, solver=solver, **SOURCE)
     assert torch.equal(found.noise, noise)
     assert torch.equal(
-        found.images, integrate(ClassifierFree(model, 3.0), noise, 4, solver, **TARGET)
+        found.images, integrate(ClassifierFreeGuidance(model, 3.0), noise, 4, solver, **TARGET)
     )
     assert found.bytes == 0
 
@@ -127,7 +127,7 @@ def test_guidance_injects_into_the_conditional_half_however_it_calls() -> None:
     unhooked.load_state_dict(model.state_dict())
     model.net.forward = watch
     results = []
-    for guide in (ClassifierFree, TwoCalls):
+    for guide in (ClassifierFreeGuidance, TwoCalls):
         edit = RFEdit(model, steps=3, inject=2, guidance=2.5, guide=guide)
         results.append(edit(IMAGES.double(), source=SOURCE, target=TARGET).images)
     # The null rows never saw a stored value. Called twice, the inversion at scale 1 asks for

@@ -23,7 +23,7 @@ from tests.interop.pipelines import (
 )
 
 from rectiflow.flows import FlowModel, integrate, sample
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.interop.diffusers import (
     PipelineNet,
     decode_latents,
@@ -94,7 +94,7 @@ def test_guidance_is_that_of_stock(name: str) -> None:
     pipe = shared(name)
     times = stock_times(pipe, 3)
     start = noises() * (times[0] ** 2 + (1 - times[0]) ** 2) ** 0.5
-    guided = ClassifierFree(from_pipeline(pipe, init="analytic"), 3.0)
+    guided = ClassifierFreeGuidance(from_pipeline(pipe, init="analytic"), 3.0)
     with torch.no_grad():
         ours = integrate(guided, start, times, **condition(name))
     expected = stock(name, pipe, 3, guidance=3.0)
@@ -103,7 +103,7 @@ def test_guidance_is_that_of_stock(name: str) -> None:
 
 
 def test_guidance_of_a_flow_is_that_of_stock() -> None:
-    guided = ClassifierFree(read("sd3"), 2.0)
+    guided = ClassifierFreeGuidance(read("sd3"), 2.0)
     with torch.no_grad():
         times = stock_times(shared("sd3"), 3)
         ours = integrate(guided, noises(), times, **condition("sd3"))

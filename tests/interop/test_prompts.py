@@ -13,7 +13,7 @@ from rectiflow.distill import generate_pairs
 from rectiflow.errors import RunExistsError
 from rectiflow.flows import FlowModel, StoredPairs
 from rectiflow.flows.couplings import Draw
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.interop.diffusers import (
     encode_prompts,
     from_pipeline,
@@ -104,7 +104,7 @@ def test_prompt_numbers_stand_for_embeddings() -> None:
         null = model.null_condition(prompt=rows)
         assert null["prompt"].tolist() == [5, 5]
         assert torch.equal(model.velocity(x, t, **null), model.velocity(x, t))
-        guided = ClassifierFree(model, 2.0).velocity(x, t, prompt=rows)
+        guided = ClassifierFreeGuidance(model, 2.0).velocity(x, t, prompt=rows)
     torch.testing.assert_close(guided, model.velocity(x, t).detach() * -1 + 2 * by_number)
     with pytest.raises(ValueError, match=r"prompt must be from 0 to 4 \(5 for none\), got 0 to 6"):
         model.check(x, prompt=torch.tensor([0, 6]))
@@ -115,7 +115,7 @@ def test_prompt_numbers_stand_for_embeddings() -> None:
 def test_stores_keep_numbers_and_come_out_the_same(tmp_path) -> None:
     """Invariant 4: the same bytes again, no duplicates on resume, eight bytes a prompt."""
     model, table = prompted()
-    guided = ClassifierFree(model, 2.0)
+    guided = ClassifierFreeGuidance(model, 2.0)
     options = {"steps": 2, "shard_size": 4, "seed": 3, "conditions": table, "gate": None}
     store = generate_pairs(model, tmp_path / "a", 6, field=guided, **options)
     assert store.settings.conditions == {"prompt": {"dtype": "int64", "shape": []}}

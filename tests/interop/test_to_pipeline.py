@@ -20,7 +20,7 @@ from tests.interop.pipelines import (
 from rectiflow.distill import OneStepDistillation, TextReflow, merge_lora, with_lora
 from rectiflow.flows import FlowModel, LivePairs, sample
 from rectiflow.flows.couplings import Draw
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.interop.diffusers import (
     encode_prompts,
     from_pipeline,
@@ -110,7 +110,7 @@ def test_guided_pairs_reflow_distillation_and_back() -> None:
     pipe = shared("sd")
     table = encode_prompts(pipe, PROMPTS, cache=None)
     teacher = with_prompts(from_pipeline(pipe, init="analytic"), table)
-    pairs = LivePairs(teacher, 2, labels=table, guided=ClassifierFree(teacher, 2.0))
+    pairs = LivePairs(teacher, 2, labels=table, guided=ClassifierFreeGuidance(teacher, 2.0))
     start = with_prompts(from_pipeline(pipe, init="reinterpret"), table)
     reflow = TextReflow(with_lora(start, 2), pairs)
     draw = Draw.of(4)

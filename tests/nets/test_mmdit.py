@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tests.oracles.joint_attention import joint_block
 
-from rectiflow.flows import ClassifierFree, FlowModel, SkipLayers, TimeShift, integrate
+from rectiflow.flows import ClassifierFreeGuidance, FlowModel, SkipLayers, TimeShift, integrate
 from rectiflow.flows.couplings import Draw, Independent, TensorData
 from rectiflow.nets import MMDiT, build
 from rectiflow.nets.joint_blocks import JointBlock, Projections
@@ -199,10 +199,10 @@ def test_guidance_works_on_it():
     x, t, given = batch()
     given["label"] = torch.tensor([0, 1, 2])
     plain = model.velocity(x, t, **given)
-    assert torch.equal(ClassifierFree(model, 1.0).velocity(x, t, **given), plain)
+    assert torch.equal(ClassifierFreeGuidance(model, 1.0).velocity(x, t, **given), plain)
     assert torch.equal(SkipLayers(model, (), 2.5).velocity(x, t, **given), plain)
     null = model.velocity(x, t, **model.null_condition(**given))
-    guided = ClassifierFree(model, 3.0).velocity(x, t, **given)
+    guided = ClassifierFreeGuidance(model, 3.0).velocity(x, t, **given)
     torch.testing.assert_close(guided, null + 3 * (plain - null), rtol=1e-4, atol=1e-5)
     skipping = SkipLayers(model, (1,), 2.5, guidance=3.0, start=0.0, stop=1.0)
     skipped = model.velocity(x, t, skip_layers=(1,), **given)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rectiflow.flows import FlowModel
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.recipes import instaflow
 from rectiflow.recipes.instaflow import AGAIN, ARMS, REFLOWED, TEACHER, Score, Settings, _checks
 from rectiflow.recipes.recipe import load_recipe, run_recipe
@@ -66,7 +66,7 @@ def test_evaluations_are_those_of_the_network() -> None:
     model = FlowModel(net, shape=(2,))
     source, condition = torch.zeros(7, 2), {"label": torch.zeros(7, dtype=torch.int64)}
     for scale, expected in ((2.0, 6.0), (1.0, 3.0)):
-        field = ClassifierFree(model, scale)
+        field = ClassifierFreeGuidance(model, scale)
         assert instaflow._follow(field, source, 3, condition)[1] == expected
     assert instaflow._follow(model, source, 3, condition)[1] == 3
 

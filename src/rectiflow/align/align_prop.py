@@ -44,8 +44,8 @@ class AlignProp(RewardMethod):
         rank: rank of the adapters; 0 trains all weights.
         targets: layers that get adapters; see `gaussian_lora`.
         conditions: data whose conditions samples are made for; none for unconditional models.
-        guided: makes a guided field around the model, such as `lambda m: ClassifierFree(m, 5.0)`;
-            both branches carry gradient.
+        guided: makes a guided field around the model, such as
+            `lambda m: ClassifierFreeGuidance(m, 5.0)`; both branches carry gradient.
         decode: from samples to images with gradient, such as `partial(decode_latents, pipe)`.
         loss: "neg" or "l1-target".
         target: the wanted reward for "l1-target".

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from rectiflow.flows.adaptive import DormandPrince
 from rectiflow.flows.fields import velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import Corrector, Step, check_inputs, stage_times, time_grid
 from rectiflow.flows.solvers import resolve
 
@@ -71,6 +72,7 @@ def sample_with_gradient(
     if not 0 <= first < steps:
         raise ValueError(f"first must be a step from 0 to {steps - 1}, got {first}")
     check_inputs(field, x, condition)
+    refuse_memory(field, "steps are run apart, and again going backward")
     rule = resolve(solver).bind(field)
     velocity = velocity_of(field)
     velocity = partial(velocity, **condition) if condition else velocity

@@ -14,6 +14,7 @@ from rectiflow.align.method import Guide, RewardMethod
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.couplings import Data, Draw
 from rectiflow.flows.fields import FlowModel, velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import check_inputs, stage_times
 from rectiflow.flows.stochastic import StochasticEuler
 
@@ -114,6 +115,7 @@ class Reinforce(RewardMethod):
             the ends, without gradient, and the log-probabilities.
         """
         check_inputs(self.field, x, condition)
+        refuse_memory(self.field, "steps are run again going backward")
         rule = self.solver.bind(self.field)
         velocity = velocity_of(self.field)
         lengths = rule.intervals(self.grid)

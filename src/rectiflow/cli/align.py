@@ -240,9 +240,9 @@ def _method(settings: Settings, subject: Subject, reward: Any) -> Any:
 
 
 def _guide(scale: float) -> Callable[[FlowModel], Any]:
-    from rectiflow.flows.guidance import ClassifierFree
+    from rectiflow.flows.guidance import ClassifierFreeGuidance
 
-    return lambda model: ClassifierFree(model, scale)
+    return lambda model: ClassifierFreeGuidance(model, scale)
 
 
 def _run(settings: Settings, subject: Subject, method: Any, rewards: Any, run: Run) -> None:

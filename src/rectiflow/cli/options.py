@@ -128,20 +128,37 @@ def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) 
     return {"label": torch.full((count,), label)}
 
 
-def guided_by(model: FlowModel, scale: float) -> Any:
-    """The model under classifier-free guidance.
+def check_guidance(guidance: float | str | None) -> None:
+    """Refuse words that say nothing about guidance."""
+    if guidance is not None:
+        from rectiflow.guidance.specs import parse_guidance
+
+        parse_guidance(guidance)
+
+
+def guided_by(model: FlowModel, guidance: float | str) -> Any:
+    """The model under the guidance of a scale or of words such as `apg:7.5,eta=0`.
 
     Raises:
-        ValueError: the model takes no condition.
+        ValueError: the model takes no condition, or a setting is out of its range.
     """
     if not model.conditional:
         raise ValueError(
             "--guidance needs a model that takes labels or prompts, and this one does not: train "
             "it with --conditional"
         )
-    from rectiflow.flows.guidance import ClassifierFree
+    from rectiflow.guidance.specs import parse_guidance
 
-    return ClassifierFree(model, scale)
+    spec = parse_guidance(guidance)
+    unwanted, classes = spec.settings.get("negative", {}), model.classes
+    if unwanted and not 0 <= unwanted["label"] < classes:
+        raise ValueError(
+            f"negative in --guidance must be a label from 0 to {classes - 1}, got "
+            f"{unwanted['label']}"
+            if classes
+            else "negative in --guidance is a label, and the model takes none: leave it out"
+        )
+    return spec.around(model)
 
 
 def choose_device(name: str) -> Any:

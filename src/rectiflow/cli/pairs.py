@@ -11,7 +11,7 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import condition_data, open_model
-from rectiflow.cli.options import counting, guided_by
+from rectiflow.cli.options import check_guidance, counting, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -38,8 +38,9 @@ class Settings:
     """noise stores the noises; seed stores only how to draw them again."""
     seed: int = 1
     """Seed of the noises."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance, baked into the pairs (conditional models only)."""
+    guidance: float | str | None = None
+    """Guidance baked into the pairs (conditional models only): the scale of classifier-free
+    guidance, cfg:4,stop=0.8 or apg:7.5,eta=0,momentum=-0.5,norm=15."""
     prompts: Path | None = None
     """File of prompts, one a line, for models of pipelines; pairs take them in shuffled epochs."""
     init: str = "native"
@@ -56,8 +57,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("count", "steps", "batch_size", "shard_size"):
             positive(name, getattr(self, name))
-        if self.guidance is not None:
-            positive("guidance", self.guidance, zero=True)
+        check_guidance(self.guidance)
         if self.init == "reinterpret":
             raise ValueError(
                 "a diffusion network reinterpreted as a flow makes no images before it is trained: "

@@ -11,7 +11,7 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import open_model
-from rectiflow.cli.options import counting
+from rectiflow.cli.options import check_guidance, counting, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -39,6 +39,9 @@ class Settings:
     pipeline: str | None = None
     """Pipeline with VAE and text encoders of a trained model; the one it was made from by
     default."""
+    guidance: float | str | None = None
+    """Guidance of a conditional model: the scale of classifier-free guidance, cfg:4,stop=0.8,
+    apg:7.5,eta=0,momentum=-0.5,norm=15 or apg:sdxl."""
     seed: int = 0
     """Seed of the noises."""
     batch_size: int = 256
@@ -53,6 +56,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None:
                 positive(name, value)
+        check_guidance(self.guidance)
 
 
 def main(words: Sequence[str]) -> int:
@@ -74,6 +78,7 @@ def main(words: Sequence[str]) -> int:
         init=settings.init,
         pipeline=settings.pipeline,
     )
+    guided = None if settings.guidance is None else guided_by(opened.model, settings.guidance)
     generator = torch.Generator().manual_seed(settings.seed)
     condition = opened.condition(settings.count, settings.label, generator)
     with counting("sample", settings.count, "images") as update:
@@ -82,6 +87,7 @@ def main(words: Sequence[str]) -> int:
             settings.count,
             steps=settings.steps,
             solver=settings.solver,
+            field=guided,
             batch_size=settings.batch_size,
             generator=generator,
             progress=update,

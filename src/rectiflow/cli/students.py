@@ -15,7 +15,13 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import Opened, condition_data, is_latent, open_model, reinterpreted
-from rectiflow.cli.options import OutputOptions, data_of, guided_by, plain_warnings
+from rectiflow.cli.options import (
+    OutputOptions,
+    check_guidance,
+    data_of,
+    guided_by,
+    plain_warnings,
+)
 from rectiflow.cli.settings import parse
 from rectiflow.distill.methods import Choices, FewStepMethod, Options, find_method, methods_of
 from rectiflow.errors import PairStoreError, positive
@@ -54,8 +60,9 @@ class StudentOptions(OutputOptions, TrainerSettings):
     """Solver steps of the teacher when pairs are made while training."""
     teacher_solver: str = "euler"
     """Its solver."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance of the teacher (conditional teachers only)."""
+    guidance: float | str | None = None
+    """Guidance of the teacher (conditional teachers only): the scale of classifier-free guidance,
+    cfg:4,stop=0.8 or apg:7.5,eta=0,momentum=-0.5,norm=15."""
     hflip: bool = False
     """Mirror half of the pairs left to right (teachers trained with flips only)."""
     premetric: str | None = None
@@ -75,8 +82,7 @@ class StudentOptions(OutputOptions, TrainerSettings):
         TrainerSettings.__post_init__(self)
         self.check_output()
         positive("teacher_steps", self.teacher_steps)
-        if self.guidance is not None:
-            positive("guidance", self.guidance, zero=True)
+        check_guidance(self.guidance)
         if self.lora is not None:
             self._check_lora()
         report = getattr(self, "report", 0)

@@ -325,6 +325,9 @@ def _rows_digest(used: dict[str, Tensor], *data: Data | None) -> str:
 
 def describe_field(field: Any) -> str:
     """Name and plain parameters of a guided field, such as `APG(scale=7.5)`."""
+    known = getattr(field, "description", None)
+    if isinstance(known, str):
+        return known
     name = getattr(field, "__qualname__", type(field).__qualname__)
     plain = (bool, int, float, str, tuple)
     values = {k: v for k, v in getattr(field, "__dict__", {}).items() if isinstance(v, plain)}

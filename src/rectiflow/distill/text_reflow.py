@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class TextReflow(Reflow):
     """Reflow on pairs that a guided teacher made for prompts, labels or any condition.
 
-    Guidance belongs to the pairs: follow `ClassifierFree(teacher, 5.0)` in `generate_pairs(field=)`
-    or `LivePairs(guided=)`, and train without it. The student then makes guided images at half the
-    evaluations, and guiding it again moves it away from the teacher. A share of the samples is
-    trained on the null condition, which keeps mild guidance (1 to 2) usable afterwards; without
-    it the null condition is left as it was.
+    Guidance belongs to the pairs: follow `ClassifierFreeGuidance(teacher, 5.0)` in
+    `generate_pairs(field=)` or `LivePairs(guided=)`, and train without it. The student then makes
+    guided images at half the evaluations, and guiding it again moves it away from the teacher. A
+    share of the samples is trained on the null condition, which keeps mild guidance (1 to 2) usable
+    afterwards; without it the null condition is left as it was.
 
     Args:
         start: the flow training starts from, on the rectified path: the teacher, or a diffusion

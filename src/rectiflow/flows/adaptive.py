@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.solvers import RungeKutta, combine
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class DormandPrince:
             positive(name, getattr(self, name))
 
     def bind(self, field: Any) -> DormandPrince:
+        refuse_memory(field, "dopri5 takes evaluations back")
         return self
 
     def advance(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.fields import Field, Velocity, velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import check_inputs, stage_times, time_grid
 from rectiflow.flows.solvers import RungeKutta, resolve
 
@@ -32,7 +33,7 @@ class CompiledSampler:
         mode: passed to `torch.compile`, such as "reduce-overhead" for CUDA graphs.
 
     Raises:
-        ValueError: the solver is adaptive or stochastic.
+        ValueError: the solver is adaptive or stochastic, or the field remembers evaluations.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CompiledSampler:
         method = resolve(solver)
         if not isinstance(method, RungeKutta):
             raise ValueError(f"only fixed-step Runge-Kutta solvers can be unrolled, got {solver!r}")
+        refuse_memory(field, "steps that are compiled together share no memory")
         self.field, self.solver, self.steps_per_call = field, method, steps_per_call
         velocity = velocity_of(field)
 

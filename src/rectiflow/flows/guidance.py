@@ -2,87 +2,44 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rectiflow.errors import positive
+from rectiflow.flows.guided import AgainstNull, Guided, both_branches, null_of, toward
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-
     from rectiflow.flows.fields import Field
-    from rectiflow.flows.paths import Path
 
 
-class _Guided(ABC):
-    """The members of a field, all made by one rule for what the field inside says.
-
-    At a fixed state and time every prediction is an affine function of every other, and guidance
-    is a combination with weights that sum to one; so guiding velocities, data or noises is the
-    same thing.
-    """
-
-    field: Field
-
-    @property
-    def path(self) -> Path:
-        """The path of the field inside."""
-        return self.field.path
-
-    def velocity(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The guided direction of travel at `(x, t)`."""
-        return self._guide("velocity", x, t, condition)
-
-    def denoise(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The guided estimate of the target (data)."""
-        return self._guide("denoise", x, t, condition)
-
-    def noise(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The guided estimate of the source (noise)."""
-        return self._guide("noise", x, t, condition)
-
-    def null_condition(self, **condition: Any) -> dict[str, Any]:
-        """The null condition of the field inside."""
-        return _null(self.field, condition)
-
-    def check(self, x: Tensor, **condition: Any) -> None:
-        """Raise ValueError if the field inside does not take these states and this condition."""
-        known = getattr(self.field, "check", None)
-        if known is not None:
-            known(x, **condition)
-
-    @abstractmethod
-    def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        """The guided form of a view: velocity, denoise or noise."""
-
-
-@dataclass(frozen=True)
-class ClassifierFree(_Guided):
+@dataclass(frozen=True, eq=False)
+class ClassifierFreeGuidance(AgainstNull):
     """Classifier-free guidance: past the conditional field, away from the null one.
 
     `v = v_null + scale (v_condition - v_null)`. Scale 1 is the conditional field itself and costs
-    one evaluation, as do scale 0 (the null condition) and calls without a condition; any other
-    scale costs one call on a batch of twice the size. The field must have been trained with
+    one evaluation, as do scale 0 (the null condition) and times outside the interval on a CPU. An
+    accelerator is never asked what time it is, since the answer would have to be awaited: there
+    the interval is a weight and costs both evaluations. The field must have been trained with
     `condition_dropout`, or its null condition means nothing. It is a field, so solvers,
     `LivePairs(guided=...)` and `generate_pairs(field=...)` take it in place of the model.
 
     Args:
         field: the conditional field, with a `null_condition`.
         scale: strength, >= 0. Class-conditional models take 1 to 4, text-conditional 3 to 8.
+        negative: what to guide away from in place of the null condition, by the names of the
+            condition: a value, one row, or one row a sample. Names left out stay null.
+        start: the first time (0 is noise) at which guidance applies.
+        stop: the last time at which it applies; outside, the field is the conditional one.
+        batched: evaluate both branches in one call on a batch of twice the size. Off, two calls
+            take half the memory; `benchmarks/guidance.py` times both.
 
     Raises:
-        ValueError: a negative scale.
+        ValueError: a negative or non-finite scale, times out of order; when evaluated, a negative
+            condition that does not fit; in `integrate`, no condition at all.
 
     Example:
         >>> from rectiflow.flows import FlowModel
@@ -91,32 +48,41 @@ class ClassifierFree(_Guided):
         ...         return x * 0 + label[:, None]
         ...     def null_condition(self, *, label):
         ...         return {"label": torch.zeros_like(label)}
-        >>> guided = ClassifierFree(FlowModel(Net()), 3.0)
+        >>> guided = ClassifierFreeGuidance(FlowModel(Net()), 3.0)
         >>> guided.velocity(torch.ones(1, 2), torch.zeros(1), label=torch.tensor([2]))
         tensor([[6., 6.]])
 
     Source: Ho and Salimans 2022 (2207.12598), equation 6, with scale = 1 + w; in terms of
-        velocities as in arXiv 2403.03206.
+        velocities as in arXiv 2403.03206. The interval: arXiv 2404.07724.
     """
 
-    field: Field
-    scale: float
+    # Stores of pairs made before the class had its present name keep their meaning.
+    recorded_as: ClassVar[str] = "ClassifierFree"
 
-    def __post_init__(self) -> None:
-        positive("scale", self.scale, zero=True)
-
-    def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        return _conditional_and_guided(self.field, view, self.scale, x, t, condition)[1]
+    def _guided(
+        self,
+        view: str,
+        x: Tensor,
+        t: Tensor,
+        condition: dict[str, Any],
+        null: dict[str, Any],
+        inside: Tensor | None,
+    ) -> Tensor:
+        if self.scale == 0 and inside is None:
+            return getattr(self.field, view)(x, t, **null)
+        pair = both_branches(self.field, view, x, t, condition, null, batched=self.batched)
+        return toward(*pair, self.scale, inside)
 
 
 @dataclass(frozen=True)
-class SkipLayers(_Guided):
+class SkipLayers(Guided):
     """Guidance away from the same network with some layers left out, beside the classifier-free.
 
     `v = v_guided + scale (v_condition - v_skipped)`, where `v_skipped` is the conditional output
     with the layers of `layers` passed over, and `v_guided` the classifier-free field of scale
     `guidance`. It firms up structure (hands, anatomy) where guidance alone does not. It applies
-    from time `start` to time `stop` only; outside, and without layers, it is `ClassifierFree`.
+    from time `start` to time `stop` only; outside, and without layers, it is
+    `ClassifierFreeGuidance`.
 
     Args:
         field: a field whose network takes `skip_layers`, such as one of an `MMDiT`.
@@ -184,29 +150,13 @@ def _conditional_and_guided(
 ) -> tuple[Tensor, Tensor]:
     """What the field says under the condition, and guided; with scale 0 the former on request."""
     evaluate = getattr(field, view)
-    null = _null(field, condition) if scale != 1 and condition else {}
+    null = null_of(field, condition) if scale != 1 and condition else {}
     if not null:
         found = evaluate(x, t, **condition)
         return found, found
+    full = {**condition, **null}
     if scale == 0 and not conditional:
-        found = evaluate(x, t, **{**condition, **null})
+        found = evaluate(x, t, **full)
         return found, found
-    both = {name: _stack(value, null.get(name, value)) for name, value in condition.items()}
-    found = evaluate(torch.cat([x, x]), torch.cat([t, t]), **both)
-    with_condition, without = found.chunk(2)
+    with_condition, without = both_branches(field, view, x, t, condition, full)
     return with_condition, torch.lerp(without, with_condition, scale)
-
-
-def _stack(given: Any, null: Any) -> Any:
-    """Rows of both branches; what has no rows is shared."""
-    return torch.cat([given, null]) if isinstance(given, Tensor) and given.ndim else given
-
-
-def _null(field: Any, condition: dict[str, Any]) -> dict[str, Any]:
-    known = getattr(field, "null_condition", None)
-    if known is None:
-        raise ValueError(
-            f"{type(field).__name__} has no null condition to guide away from: give it a method "
-            "null_condition(**condition)"
-        )
-    return known(**condition)

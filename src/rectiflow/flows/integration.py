@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rectiflow.flows.adaptive import DormandPrince
 from rectiflow.flows.fields import Field, Velocity, velocity_of
+from rectiflow.flows.guided import begun
 from rectiflow.flows.solvers import Solver, resolve
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def integrate(
     grid = time_grid(times)
     check_inputs(field, x, condition)
     rule = resolve(solver).bind(field)
+    field = begun(field)
     velocity = velocity_of(field)
     if condition:
         velocity = partial(velocity, **condition)

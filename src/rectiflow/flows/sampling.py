@@ -51,6 +51,7 @@ def sample(
     source: Float[Tensor, "b *dims"] | None = None,
     steps: int | Sequence[float] | None = None,
     solver: Any = None,
+    field: Any = None,
     correctors: Sequence[Corrector] = (),
     batch_size: int = 1024,
     generator: torch.Generator | None = None,
@@ -65,6 +66,7 @@ def sample(
         source: the noises to start from; drawn from `generator` otherwise.
         steps: number of steps or grid of times; the model's own by default.
         solver: solver name or object; the model's own by default.
+        field: a guided field around the model, to be followed in its place.
         correctors: see `integrate`.
         batch_size: samples computed together.
         generator: the source of randomness.
@@ -100,7 +102,7 @@ def sample(
             start = model.path.start(source[part])
             parts.append(
                 integrate(
-                    model,
+                    model if field is None else field,
                     start,
                     times,
                     method,

@@ -2,4 +2,12 @@
 
 from rectiflow._lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "apg": ("APG", "projected_guidance", "rectify"),
+        "presets": ("preset",),
+        "rectiflow.flows.guidance": ("ClassifierFreeGuidance", "SkipLayers"),
+        "specs": ("parse_guidance",),
+    },
+)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.fields import evaluating
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
+from rectiflow.flows.guided import begun
 from rectiflow.flows.implicit_midpoint import ImplicitMidpoint
 from rectiflow.flows.integration import Corrector, Step, integrate, time_grid
 from rectiflow.flows.solvers import RungeKutta, resolve
@@ -191,7 +192,7 @@ class RFEdit:
     select: str | None = None
     where: str = "device"
     budget: int | None = None
-    guide: Callable[[Any, float], Any] = ClassifierFree
+    guide: Callable[[Any, float], Any] = ClassifierFreeGuidance
 
     def __post_init__(self) -> None:
         for name in ("guidance", "invert_guidance"):
@@ -308,6 +309,9 @@ class _Staged:
 
     def noise(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         return self._said("noise", x, t, condition)
+
+    def begin(self) -> _Staged:
+        return _Staged(begun(self.field), self.bank)
 
     def check(self, x: Tensor, **condition: Any) -> None:
         _check(self.field, x, condition)

@@ -156,7 +156,7 @@ SYSTEMS: tuple[System, ...] = (
          "A second-order step for faithful inversion, and edits that reuse what inversion saw."),
     _row(9, "apg", "2410.02416",
          "Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models",
-         "guidance.APG guidance.ClassifierFreeGuidance",
+         "guidance.APG guidance.ClassifierFreeGuidance guidance.preset",
          "Guidance whose parallel part is damped, so that large scales do not burn the colours."),
     _row(10, "f-distill", "2502.15681",
          "One-step Diffusion Models with f-Divergence Distribution Matching",

@@ -23,7 +23,7 @@ from rectiflow.distill.one_step import OneStepDistillation
 from rectiflow.distill.text_reflow import TextReflow
 from rectiflow.flows.couplings import StoredPairs
 from rectiflow.flows.fields import FlowModel, evaluating
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.integration import integrate
 from rectiflow.flows.sampling import draw_source
 from rectiflow.recipes.guided_tasks import Task, labelled_images, prompted_pipeline
@@ -178,14 +178,14 @@ def _make(settings: Settings, task: Task, seed: int, run: Run) -> dict[str, Any]
     """The fields of all arms for a seed."""
     folder = run.path(f"seed-{seed}")
     teacher = task.teacher(seed)
-    guided = ClassifierFree(teacher, settings.guidance)
+    guided = ClassifierFreeGuidance(teacher, settings.guidance)
     first = _pairs(settings, task, teacher, guided, folder / "pairs-1", seed * 1000 + 1)
     start = task.start(teacher)
     reflowed = start
     for number, trained in enumerate(settings.reflow, 1):
         method = TextReflow(reflowed, first, condition_dropout=settings.reflow_dropout)
         reflowed = train(method, replace(trained, seed=seed), title=f"reflow, stage {number}")
-    own = ClassifierFree(reflowed, settings.student_guidance)
+    own = ClassifierFreeGuidance(reflowed, settings.student_guidance)
     second = _pairs(settings, task, reflowed, own, folder / "pairs-2", seed * 1000 + 2)
     student = train(
         OneStepDistillation(reflowed, second), replace(settings.distil, seed=seed), title="distil"
@@ -193,7 +193,7 @@ def _make(settings: Settings, task: Task, seed: int, run: Run) -> dict[str, Any]
     direct = train(
         OneStepDistillation(start, first), replace(settings.direct, seed=seed), title="distil first"
     )
-    again = ClassifierFree(reflowed, settings.again)
+    again = ClassifierFreeGuidance(reflowed, settings.again)
     return dict(zip(ARMS, (guided, reflowed, again, student, direct)))
 
 
@@ -248,7 +248,7 @@ def _follow(
     field: Any, source: Tensor, steps: int, condition: Mapping[str, Tensor]
 ) -> tuple[Tensor, float]:
     """Where a field carries noises, and the network evaluations for each."""
-    model: Any = field.field if isinstance(field, ClassifierFree) else field
+    model: Any = field.field if isinstance(field, ClassifierFreeGuidance) else field
     rows = 0
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
