@@ -2,4 +2,18 @@
 
 from rectiflow._lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "costs": (
+            "Classifier",
+            "Cost",
+            "Custom",
+            "Decoded",
+            "LinearInverse",
+            "Masked",
+        ),
+        "flowchef": ("FlowChef",),
+        "region_editing": ("RegionalField", "edit_region", "latent_mask"),
+    },
+)

@@ -6,9 +6,4 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "adaptation": ("FeatureAdaptation",),
-        "editing": ("Edit", "RFEdit", "RoundTrip", "invert", "round_trip"),
-        "feature_bank": ("FeatureBank",),
-        "latent_editing": ("decode", "edit_latent", "encode", "vary"),
-        "domain_transfer": ("DomainTransfer", "domain_classifier", "transfer"),
-    },
-)
+        "degradations": (),
