@@ -20,10 +20,10 @@ REDUCTIONS = ("sum", "mean")
 class Operator(Protocol):
     """A linear measurement; those of `images.degradations` are made for it."""
 
-    def A(self, images: Tensor) -> Tensor:  # noqa: N802
+    def A(self, images: Tensor) -> Tensor:
         """The measurement of images."""
 
-    def AT(self, measured: Tensor) -> Tensor:  # noqa: N802
+    def AT(self, measured: Tensor) -> Tensor:
         """The adjoint."""
 
     def norm(self, image: Any) -> float:
@@ -283,7 +283,7 @@ class Classifier(Cost):
                 f"got {tuple(logits.shape)}"
             )
         label = torch.as_tensor(self.label, device=logits.device).expand(data.shape[0])
-        if not (0 <= int(label.min()) and int(label.max()) < logits.shape[1]):
+        if not (int(label.min()) >= 0 and int(label.max()) < logits.shape[1]):
             raise ValueError(
                 f"labels must be in 0 to {logits.shape[1] - 1}, got {int(label.min())} to "
                 f"{int(label.max())}"

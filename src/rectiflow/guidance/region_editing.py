@@ -173,16 +173,8 @@ def edit_region(
             f"the reference has shape {tuple(reference.shape)} but the noises have "
             f"{tuple(start.shape)}: bring it to the model's size"
         )
-    field: Any = model
-    velocity = None
-    if source is not None:
-        field = regional = RegionalField(model, source, keep, scale)
-        if estimate == "source":
-
-            def velocity(step: Step) -> Tensor:
-                x = step.before
-                return regional.source_velocity(x, x.new_full((x.shape[0],), step.time))
-
+    field = model if source is None else RegionalField(model, source, keep, scale)
+    velocity = _from_source if estimate == "source" else None
     settings: dict[str, Any] = {"step_size": step_size, "inner": inner, "velocity": velocity}
     correctors = (
         FlowChef(whole, max_steps=source_steps, **settings),
@@ -199,6 +191,13 @@ def edit_region(
             generator=generator,
             **(condition or {}),
         )
+
+
+def _from_source(step: Step) -> Tensor:
+    """The velocity of a regional field under its source condition, at the beginning of a step."""
+    x = step.before
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return step.field.source_velocity(x, x.new_full((x.shape[0],), step.time, dtype=dtype))
 
 
 def latent_mask(keep: Float[Tensor, "h w"], sides: Sequence[int]) -> Float[Tensor, "y x"]:

@@ -30,7 +30,7 @@ class Degradation(ABC):
     def _apply(self, images: Tensor) -> Tensor:
         """The measurements of images whose shape has been checked."""
 
-    def A(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *measured"]:  # noqa: N802
+    def A(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *measured"]:
         """The measurements of images, without noise.
 
         Raises:
@@ -71,7 +71,7 @@ class LinearOperator(Degradation):
     def norm(self, image: Sequence[int]) -> float:
         """The largest factor, or an upper bound, by which images of a shape are lengthened."""
 
-    def AT(self, measured: Float[Tensor, "b *measured"]) -> Float[Tensor, "b c h w"]:  # noqa: N802
+    def AT(self, measured: Float[Tensor, "b *measured"]) -> Float[Tensor, "b c h w"]:
         """The adjoint: measurements carried back to where they came from in the image.
 
         Raises:

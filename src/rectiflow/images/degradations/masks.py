@@ -99,7 +99,7 @@ def box_mask(
     height, width = image[-2:]
     rows, columns = (side, side) if isinstance(side, int) else side
     top, left = corner or ((height - rows) // 2, (width - columns) // 2)
-    inside = 0 <= top and top + rows <= height and 0 <= left and left + columns <= width
+    inside = top >= 0 and top + rows <= height and left >= 0 and left + columns <= width
     if rows < 1 or columns < 1 or not inside:
         raise ValueError(
             f"a box of {rows}x{columns} at row {top}, column {left} does not lie inside an image "
