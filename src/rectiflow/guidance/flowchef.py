@@ -62,7 +62,8 @@ class FlowChef:
         costs: the cost of each sample before each correction, of the latest trajectory.
 
     Raises:
-        ValueError: settings out of range; a field without a path; falling times.
+        ValueError: settings out of range; a field without a path; falling times; a scaled step of
+            1 or more.
         SteeringDivergedError: a cost that is not finite, or that grows as said at `growth`.
 
     Example:
@@ -170,7 +171,14 @@ class FlowChef:
         elif self.schedule == "noise":
             size *= float(path.sigma(t[0]) / path.sigma(torch.zeros_like(t[0])))
         known = self.cost.curvature(shape) if self.scaled and self.optimizer == "sgd" else None
-        return size / known if known else size
+        if not known:
+            return size
+        if size >= 1:
+            raise ValueError(
+                f"step_size must be below 1 where the curvature of the cost is known, got "
+                f"{size:g}: a larger one makes the residual grow; 0.05 to 0.4 is usual"
+            )
+        return size / known
 
     def _slope_of(
         self, step: Step, path: Path, t: Tensor
