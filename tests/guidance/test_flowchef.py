@@ -192,7 +192,7 @@ def test_adam_forgets_its_state_and_moves_by_the_step_size():
     x = draw(3, *IMAGE)
     found = steered(model, chef, x=x) - x
     measured = MASK.keep[0] > 0
-    # A first move of Adam is the sign of the gradient, seven times the same: the measurement is far.
+    # The first move of Adam is the sign of the gradient, here seven times the same.
     assert not found[..., ~measured].any()
     torch.testing.assert_close(
         found[..., measured].abs(), torch.full((3, 1, 12), 0.07).double(), rtol=1e-3, atol=0
@@ -262,14 +262,14 @@ def test_divergence_stops_with_the_numbers():
 
 
 def test_clip_keeps_a_step_that_is_too_long_within_the_noise():
-    """The residual then cannot pass sqrt(D) sigma(t), which falls to 4 / 50 before the last step."""
+    """The residual cannot pass a few times sqrt(D) sigma(t), at last 4 · 3 / 50."""
     chef = FlowChef(inpaint(), step_size=3.0, scaled=False, clip=1.0)
     steered(FlowModel(constant), chef, steps=50)
     assert (chef.costs[-1].sqrt() < 4 * 3 / 50).all()
 
 
 def test_scaled_steps_that_must_diverge_are_refused():
-    with pytest.raises(ValueError, match="step_size must be below 1 where .* got 1.5"):
+    with pytest.raises(ValueError, match=r"step_size must be below 1 where .* got 1\.5"):
         steered(FlowModel(Net()), FlowChef(inpaint(), step_size=1.5))
 
 

@@ -1,4 +1,4 @@
-"""Inverse problems by name: which degradation they have, and what it costs to miss a measurement."""
+"""Inverse problems by name: their degradations, and what it costs to miss a measurement."""
 
 from __future__ import annotations
 

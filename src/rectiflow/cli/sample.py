@@ -13,6 +13,7 @@ from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import open_model
 from rectiflow.cli.options import counting
 from rectiflow.cli.settings import parse
+from rectiflow.cli.steering import steering
 from rectiflow.errors import positive
 
 
@@ -39,6 +40,9 @@ class Settings:
     pipeline: str | None = None
     """Pipeline with VAE and text encoders of a trained model; the one it was made from by
     default."""
+    steer: str | None = None
+    """Steering: classifier:LABEL, or inpaint, sr, deblur or colour with :IMAGE to agree with;
+    then ,mask=FILE, ,degradation=WORDS, ,step=0.1, ,inner=1, ,until=1."""
     seed: int = 0
     """Seed of the noises."""
     batch_size: int = 256
@@ -82,6 +86,7 @@ def main(words: Sequence[str]) -> int:
             settings.count,
             steps=settings.steps,
             solver=settings.solver,
+            correctors=() if settings.steer is None else steering(settings.steer, opened),
             batch_size=settings.batch_size,
             generator=generator,
             progress=update,
