@@ -23,6 +23,10 @@ class NonFiniteLossError(RuntimeError):
     """Training met a loss that is not a finite number."""
 
 
+class SteeringDivergedError(ValueError):
+    """Steering made the cost of a sample grow instead of fall."""
+
+
 class RunExistsError(FileExistsError):
     """An output folder already holds a run."""
 

@@ -28,6 +28,9 @@ COMMANDS = {
     "sample": Command("generate images with a model", "rectiflow.cli.sample"),
     "invert": Command("follow images to their noises and back", "rectiflow.cli.invert"),
     "edit": Command("change what images show, not how they are built", "rectiflow.cli.edit"),
+    "inverse": Command(
+        "fill in, enlarge, sharpen or colour images with a model", "rectiflow.cli.inverse"
+    ),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
     "grid": Command("fit a model's times to where its trajectories bend", "rectiflow.cli.grid"),

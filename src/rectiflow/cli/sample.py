@@ -13,6 +13,7 @@ from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import open_model
 from rectiflow.cli.options import check_guidance, counting, guided_by
 from rectiflow.cli.settings import parse
+from rectiflow.cli.steering import steering
 from rectiflow.errors import positive
 
 
@@ -42,6 +43,9 @@ class Settings:
     guidance: float | str | None = None
     """Guidance of a conditional model: the scale of classifier-free guidance, cfg:4,stop=0.8,
     apg:7.5,eta=0,momentum=-0.5,norm=15 or apg:sdxl."""
+    steer: str | None = None
+    """Steering: classifier:LABEL, or inpaint, sr, deblur or colour with :IMAGE to agree with;
+    then ,mask=FILE, ,degradation=WORDS, ,step=0.1, ,inner=1, ,until=1."""
     seed: int = 0
     """Seed of the noises."""
     batch_size: int = 256
@@ -88,6 +92,7 @@ def main(words: Sequence[str]) -> int:
             steps=settings.steps,
             solver=settings.solver,
             field=guided,
+            correctors=() if settings.steer is None else steering(settings.steer, opened),
             batch_size=settings.batch_size,
             generator=generator,
             progress=update,

@@ -6,8 +6,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "apg": ("APG", "projected_guidance", "rectify"),
+        "costs": ("Classifier", "Cost", "Custom", "Decoded", "LinearInverse", "Masked"),
+        "flowchef": ("FlowChef",),
         "presets": ("preset",),
         "rectiflow.flows.guidance": ("ClassifierFreeGuidance", "SkipLayers"),
+        "region_editing": ("RegionalField", "edit_region", "latent_mask"),
         "specs": ("parse_guidance",),
     },
 )

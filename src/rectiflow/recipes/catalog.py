@@ -148,7 +148,7 @@ SYSTEMS: tuple[System, ...] = (
     _row(7, "flowchef", "2412.00100",
          "FlowChef: Steering Rectified Flow Models in the Vector Field for Controlled Image "
          "Generation",
-         "guidance.FlowChef",
+         "guidance.FlowChef guidance.LinearInverse guidance.edit_region images.degradations",
          "Steer a trained flow toward any differentiable cost without a backward pass through it."),
     _row(8, "rf-solver", "2411.04746",
          "Taming Rectified Flow for Inversion and Editing",
