@@ -20,7 +20,7 @@ def seed(gain=6.0, behind=0.5, time=1.2, memory=100, residual=0.001) -> Scored:
         EXACT: restored(9.0 + gain + behind, seconds=4.0, memory=200),
         SECOND: restored(14.0),
     }
-    return Scored({task: arms for task in TASKS}, (0.3, 0.1))
+    return Scored(dict.fromkeys(TASKS, arms), (0.3, 0.1))
 
 
 def states(*seeds: Scored) -> list[str]:

@@ -133,7 +133,7 @@ class AgainstNull(Guided):
     @property
     def description(self) -> str:
         """Name and settings other than the defaults, as records of pairs keep them."""
-        said = {"scale": self.scale}
+        said: dict[str, Any] = {"scale": self.scale}
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if one.name in ("field", "scale", "batched") or one.name.startswith("_"):
@@ -228,7 +228,7 @@ def null_of(
             f"{type(field).__name__} has no null condition to guide away from: give it a method "
             "null_condition(**condition)"
         )
-    null = dict(known(**condition)) if rest else {}
+    null = dict(known(**condition)) if rest and known is not None else {}
     for name in condition:
         if name in negative:
             null[name] = _like(name, negative[name], condition[name])
