@@ -22,13 +22,15 @@ def test_every_method_takes_part() -> None:
 
 def test_quick_preset_gives_numbers_and_the_page(tmp_path) -> None:
     recipe = load_recipe("few-step-shootout")
-    arms = ("two phases", "one-step", "reflow, then one-step")
+    arms = ("two phases", "one-step", "reflow, then one-step", "reflow")
     settings = replace(recipe.preset("quick"), arms=arms)
     with Run(tmp_path / "run", "run", settings) as run:
         result = run_recipe(recipe, settings, run, preset="quick")
         assert len(result.checks) == len(arms)
         steps = {n.arm.partition(", ")[0]: n.arm for n in result.numbers}
         assert steps["two phases"].endswith("2 steps")
+        # A straightened flow has no number of its own.
+        assert "reflow, 1 step" in {n.arm for n in result.numbers}
         assert all(v > 0 for n in result.numbers for v in n.values)
         page = json.loads(run.path("compare.json").read_text())
     titles = [model["title"] for model in page["models"]]
@@ -41,3 +43,6 @@ def test_quick_preset_gives_numbers_and_the_page(tmp_path) -> None:
         settings.budget.steps,
         settings.budget.steps // 2,
     }
+    with Run(tmp_path / "run", "run", settings, resume=True) as run:
+        again = run_recipe(recipe, settings, run, preset="quick")
+    assert [n.values for n in again.numbers] == [n.values for n in result.numbers]

@@ -2,8 +2,9 @@
 
 A teacher is trained once a seed, its pairs are made once, and every method then gets the same
 number of training steps of the same batch size. Methods that take a straightened teacher spend
-the first half of their budget on reflow. The comparison page of the first seed lies in the run
-folder.
+the first half of their budget on reflow. Flows that are sampled like their teacher have no number
+of steps that they are made for, and are judged in one. The comparison page of the first seed lies
+in the run folder; `rectiflow run few-step-shootout --resume` goes on with models that are there.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Any
 from rectiflow.distill.comparison_page import compare, write
 from rectiflow.distill.generation import generate_pairs
 from rectiflow.distill.methods import METHODS, Choices
-from rectiflow.files import cache_folder
+from rectiflow.files import cache_folder, read_json, write_json
 from rectiflow.flows.couplings import Coupling, Independent, StoredPairs
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.premetrics import PseudoHuber
-from rectiflow.flows.sampling import sample
 from rectiflow.flows.u_shaped import UShaped
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import new_net, ratios, stage
-from rectiflow.training.comparison import Compared, own_steps, score_as_made
+from rectiflow.training.comparison import Compared, own_steps
 from rectiflow.training.data import ImageData, load
 from rectiflow.training.evaluation import Evaluator
 from rectiflow.training.flow_matching import FlowMatching
+from rectiflow.training.method import Method
 from rectiflow.training.progress import Stopwatch
 from rectiflow.training.runs import Run
 from rectiflow.training.sessions import train_model
@@ -35,9 +36,10 @@ from rectiflow.training.trainer import TrainerSettings
 
 CLAIM = (
     "From one teacher and with one budget of training, each method of few steps gives better "
-    "samples in the steps it is made for than the teacher does in as many."
+    "samples in the steps it is made for (straightened flows: one) than the teacher in as many."
 )
 TEACHER = "teacher"
+TIMING = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -147,24 +149,24 @@ def run(settings: Settings, run: Run) -> Result:
     seconds: dict[str, list[float]] = {name: [] for name in settings.arms}
     teachers: dict[str, list[float]] = {name: [] for name in settings.arms}
     for seed in settings.seeds:
-        made = _train_all(settings, train, run.path(f"seed-{seed}"), seed)
+        place = run.path(f"seed-{seed}")
+        made = _train_all(settings, train, place, seed, resume=run.resumed)
         teacher = made[TEACHER].model
-        source, condition = evaluator.noises(teacher)
         careful: dict[int, float] = {}
         for name in settings.arms:
-            own = score_as_made(made[name].model, evaluator)
-            steps = own.evaluations
+            steps = judged_steps(made[name].model, teacher)
+            straightened = steps != own_steps(made[name].model)
+            found = evaluator.score(made[name].model, steps=steps if straightened else None)
             if steps not in careful:
-                ends = sample(teacher, source=source, steps=steps, solver="euler", **condition)
-                careful[steps] = evaluator.compare(ends).fd
-            scores[name].append(own.scores.fd)
-            pixels[name].append(own.scores.fd_pixels or float("nan"))
+                careful[steps] = evaluator.score(teacher, steps=steps, solver="euler").fd
+            scores[name].append(found.fd)
+            pixels[name].append(found.fd_pixels or float("nan"))
             seconds[name].append(made[name].seconds)
             teachers[name].append(careful[steps])
         if seed == settings.seeds[0]:
             entries = [Compared(name, str(m.folder), m.model) for name, m in made.items()]
             write(compare(entries, evaluator, settings.counts), entries, evaluator, run)
-    counts = {name: _count(own_steps(made[name].model)) for name in settings.arms}
+    counts = {name: _count(judged_steps(made[name].model, teacher)) for name in settings.arms}
     measured = {
         evaluator.name: scores,
         "fd_pixels": pixels,
@@ -197,7 +199,37 @@ def run(settings: Settings, run: Run) -> Result:
     )
 
 
-def _train_all(settings: Settings, data: ImageData, folder: Path, seed: int) -> dict[str, Made]:
+def judged_steps(model: FlowModel, teacher: FlowModel) -> int:
+    """The steps in which a model is judged: its own, or one where it is sampled as its teacher is.
+
+    Example:
+        >>> teacher = FlowModel(lambda x, t: x)
+        >>> judged_steps(FlowModel(lambda x, t: x), teacher)
+        1
+    """
+    own = own_steps(model)
+    return 1 if own == own_steps(teacher) else own
+
+
+def _trained(
+    method: Method, settings: TrainerSettings, folder: Path, *, resume: bool, **told: Any
+) -> Made:
+    """A trained model with the time that it took, also where it was there already."""
+    with Stopwatch() as watch:
+        model = train_model(method, settings, folder, resume=resume, **told)
+    return Made(model, folder, _first_time(folder / TIMING, watch.seconds, resume))
+
+
+def _first_time(timing: Path, seconds: float, resume: bool) -> float:
+    """The seconds that something took when it was made, kept in a file."""
+    if not (resume and timing.is_file()):
+        write_json(timing, {"seconds": seconds})
+    return float(read_json(timing)["seconds"])
+
+
+def _train_all(
+    settings: Settings, data: ImageData, folder: Path, seed: int, *, resume: bool
+) -> dict[str, Made]:
     """The teacher and every arm of one seed."""
     unlabelled = replace(data, labels=None, classes=())
     about = {"name": data.name, "spec": settings.data}
@@ -207,15 +239,15 @@ def _train_all(settings: Settings, data: ImageData, folder: Path, seed: int) -> 
         net = new_net(settings.net, seed=seed, shape=data.shape, **settings.net_options)
         return FlowModel(net, shape=data.shape, data=about)
 
-    with Stopwatch() as watch:
-        teacher = train_model(
-            FlowMatching(fresh(), Independent(unlabelled)),
-            replace(settings.teacher, seed=seed),
-            folder / TEACHER,
-            entry={"method": "flow", "systems": ["rectified-flow"]},
-            title=f"{TEACHER}, seed {seed}",
-        )
-    made = {TEACHER: Made(teacher, folder / TEACHER, watch.seconds)}
+    base = _trained(
+        FlowMatching(fresh(), Independent(unlabelled)),
+        replace(settings.teacher, seed=seed),
+        folder / TEACHER,
+        resume=resume,
+        entry={"method": "flow", "systems": ["rectified-flow"]},
+        title=f"{TEACHER}, seed {seed}",
+    )
+    teacher, made = base.model, {TEACHER: base}
     stores: dict[str, tuple[Coupling, float]] = {}
     reflowed: dict[str, Made] = {}
 
@@ -230,7 +262,8 @@ def _train_all(settings: Settings, data: ImageData, folder: Path, seed: int) -> 
                     steps=settings.teacher_steps,
                     seed=seed,
                 )
-            stores[key] = StoredPairs(store), clock.seconds
+            timing = folder / f"pairs of {key}, {TIMING}"
+            stores[key] = StoredPairs(store), _first_time(timing, clock.seconds, resume)
         return stores[key]
 
     for name in settings.arms:
@@ -252,19 +285,19 @@ def _train_all(settings: Settings, data: ImageData, folder: Path, seed: int) -> 
             options = entry.options(**part.options)
             student = fresh() if part.fresh else None
             choices = Choices(steps=steps, student=student, options=options, **part.choices)
-            with Stopwatch() as watch:
-                model = train_model(
-                    entry.make(model, coupling, choices),
-                    replace(settings.budget, steps=steps, seed=seed),
-                    place,
-                    entry=entry.entry(options),
-                    parent=model,
-                    title=f"{name}, seed {seed}",
-                )
-            spent += watch.seconds + cost
-            key = place.name
+            done = _trained(
+                entry.make(model, coupling, choices),
+                replace(settings.budget, steps=steps, seed=seed),
+                place,
+                resume=resume,
+                entry=entry.entry(options),
+                parent=model,
+                title=f"{name}, seed {seed}",
+            )
+            model, key = done.model, place.name
+            spent += done.seconds + cost
             if not last:
-                reflowed[key] = Made(model, place, watch.seconds + cost)
+                reflowed[key] = replace(done, seconds=done.seconds + cost)
         made[name] = Made(model, folder / name, spent)
     return made
 
