@@ -14,7 +14,7 @@ from rectiflow.guidance import FlowChef, LinearInverse
 from rectiflow.images.degradations import Downscale, LinearOperator, Mask, box_mask
 from rectiflow.recipes.peak_memory import PeakMemory
 
-STEPS, BATCH, SHAPE = 20, 8, (1, 28, 28)
+STEPS, BATCH, SHAPE = 10, 4, (1, 28, 28)
 PLAIN, CHEF, EXACT = "plain sampling", "FlowChef", "exact gradient"
 
 
@@ -87,9 +87,9 @@ def compare(case: str, net: nn.Module, operator: LinearOperator) -> list[harness
 
 def main() -> bool:
     harness.one_thread()
-    net = Convolutions(104, 10)
-    rows = compare("inpaint, conv 0.98 M", net, Mask(box_mask(SHAPE, 12)))
-    rows += compare("enlarge, conv 0.98 M", net, Downscale(2))
+    net = Convolutions(64, 6)
+    rows = compare("inpaint, conv 0.22 M", net, Mask(box_mask(SHAPE, 12)))
+    rows += compare("enlarge, conv 0.22 M", net, Downscale(2))
     return harness.report("flowchef", __doc__ or "", rows)
 
 

@@ -243,7 +243,7 @@ def test_runs_do_not_leak_into_each_other():
 
 
 def test_clip_bounds_each_move():
-    chef = FlowChef(inpaint(), step_size=50.0, clip=0.1, growth=math.inf, max_steps=1)
+    chef = FlowChef(inpaint(), step_size=50.0, scaled=False, clip=0.1, max_steps=1)
     model = FlowModel(lambda x, t: torch.zeros_like(x))
     x = draw(3, *IMAGE)
     moved = (steered(model, chef, x=x) - x).flatten(1).norm(dim=1)

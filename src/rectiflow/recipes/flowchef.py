@@ -67,9 +67,9 @@ class Settings:
     """Its arguments."""
     flow: TrainerSettings = field(default_factory=lambda: stage(4000, batch_size=256))
     """Training of the flow."""
-    pairs: TeacherSettings = field(default_factory=lambda: TeacherSettings(count=20_000))
+    pairs: TeacherSettings = field(default_factory=lambda: TeacherSettings(count=10_000))
     """Pairs for the second flow."""
-    reflow: TrainerSettings = field(default_factory=lambda: stage(3000, batch_size=256))
+    reflow: TrainerSettings = field(default_factory=lambda: stage(2000, batch_size=256))
     """Training of the second flow."""
     degradations: tuple[str, str] = ("box:4", "downscale:2")
     """What is lost when filling in and when enlarging."""
