@@ -227,7 +227,7 @@ def test_flags_win_over_the_file(tmp_path, capsys):
         (["train", "--steps", "0"], "steps must be > 0, got 0"),
         (["train", "--stepz", "3"], "Unrecognized options: --stepz"),
         (["train", "--steps", "many"], "--steps"),
-        (["sample"], "Model folder, or owner/name on the Hub"),
+        (["sample"], "Model folder, diffusers pipeline folder"),
         (["train", "--batch-size", "-1"], "batch_size must be > 0, got -1"),
         (["train", "--optim.name", "adamm"], "did you mean 'adam"),
         (["train", "--path", "rectifed"], "did you mean 'rectified'"),

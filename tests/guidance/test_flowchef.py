@@ -11,7 +11,7 @@ from torch import nn
 from rectiflow.errors import SteeringDivergedError
 from rectiflow.flows import FlowModel, integrate, sample
 from rectiflow.flows.fields import Counted
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.paths import PATHS, RectifiedPath
 from rectiflow.flows.solvers import names
 from rectiflow.guidance import FlowChef, LinearInverse, Masked
@@ -287,7 +287,7 @@ def test_guided_fields_are_steered_with_one_call_a_step():
         def null_condition(self, *, label):
             return {"label": torch.zeros_like(label)}
 
-    guided = ClassifierFree(FlowModel(Conditional()), 2.0)
+    guided = ClassifierFreeGuidance(FlowModel(Conditional()), 2.0)
     field = Counted(guided)
     chef = FlowChef(inpaint(), path=RectifiedPath(), step_size=0.2)
     found = integrate(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rectiflow.flows import FlowModel, integrate
-from rectiflow.flows.guidance import ClassifierFree
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.guidance import RegionalField, edit_region, latent_mask
 from rectiflow.images.degradations import box_mask
 
@@ -52,7 +52,7 @@ def test_guidance_acts_in_the_region_only():
     x, t = torch.randn(2, *IMAGE), torch.full((2,), 0.3)
     found, inside = field.velocity(x, t, **LABELS), KEEP == 0
     plain = inner.velocity(x, t, **LABELS)
-    guided = ClassifierFree(inner, 3.0).velocity(x, t, **LABELS)
+    guided = ClassifierFreeGuidance(inner, 3.0).velocity(x, t, **LABELS)
     assert torch.equal(found[..., ~inside], plain[..., ~inside])
     torch.testing.assert_close(found[..., inside], guided[..., inside])
     torch.testing.assert_close(field.denoise(x, t, **LABELS), x + 0.7 * found)

@@ -130,15 +130,17 @@ def test_splits_are_orthogonal_idempotent_and_complete(seed, rows, width, scale)
 @settings(max_examples=30, deadline=None)
 def test_clips_bound_what_is_outside_and_keep_bits_inside(seed, bound):
     v = draw(seed, 4, 3, 2, 2, dtype=torch.float32)
+    # Below the smallest normal number each of 12 components rounds by the spacing of numbers there.
+    most = bound * (1 + 1e-6) + 12 * 2.0**-149
     by_norm = vectors.clip_norm(v, bound)
     inside = vectors.norm(v) <= bound
     assert torch.equal(by_norm[inside], v[inside])
-    assert (vectors.norm(by_norm) <= bound * (1 + 1e-6)).all()
+    assert (vectors.norm(by_norm) <= most).all()
     by_pixel = vectors.clip_pixels(v, bound).movedim(1, -1)
     pixels = v.movedim(1, -1)
     inside = vectors.norm(pixels, start=3) <= bound
     assert torch.equal(by_pixel[inside], pixels[inside])
-    assert (vectors.norm(by_pixel, start=3) <= bound * (1 + 1e-6)).all()
+    assert (vectors.norm(by_pixel, start=3) <= most).all()
     by_value = vectors.clip_value(v, bound)
     assert torch.equal(by_value, v.clamp(-bound, bound))
 
