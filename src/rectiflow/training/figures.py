@@ -140,6 +140,11 @@ def scatter(
     return _finish(figure, path, title)
 
 
+STYLES = ("-", "--")
+MOST_INSIDE = 7
+"""Most entries of a legend that leave room for lines inside a plot."""
+
+
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path | str,
@@ -164,9 +169,10 @@ def curves(
             share.
         title: title of the figure.
     """
-    figure, axis = _pyplot().subplots(figsize=(6, 3.8))
-    for colour, (name, (x, y)) in zip(_cycle(len(lines)), lines.items()):
-        axis.plot(x, y, marker="o" if len(x) <= 20 else None, ms=4, color=colour, label=name)
+    figure, axis = _plot(len(lines))
+    for index, (colour, (name, (x, y))) in enumerate(zip(_cycle(len(lines)), lines.items())):
+        dots = "o" if len(x) <= 20 else None
+        axis.plot(x, y, STYLES[index // len(COLOURS) % 2], marker=dots, ms=4, c=colour, label=name)
     values = {value for x, _ in lines.values() for value in x}
     _dress(axis, across, up, floor, logarithmic, sorted(values) if marked else ())
     return _finish(figure, path, title)
@@ -194,7 +200,7 @@ def bands(
         logarithmic: the axes with a logarithmic scale: "", "x", "y" or "xy".
         title: title of the figure.
     """
-    figure, axis = _pyplot().subplots(figsize=(6, 3.8))
+    figure, axis = _plot(len(lines))
     for colour, (name, (x, rows)) in zip(_cycle(len(lines)), lines.items()):
         values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
         mean, low, high = values.mean(0), values.amin(0), values.amax(0)
@@ -229,9 +235,17 @@ def _dress(
         axis.set_yscale("log")
     axis.set_xlabel(across)
     axis.set_ylabel(up)
-    # Said aloud, the place costs no warning where the machine is slow to find it.
-    axis.legend(fontsize=8, loc="best")
+    if len(axis.get_legend_handles_labels()[1]) > MOST_INSIDE:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    else:
+        # Said aloud, the place costs no warning where the machine is slow to find it.
+        axis.legend(fontsize=8, loc="best")
     axis.grid(alpha=0.25)
+
+
+def _plot(lines: int) -> tuple[Any, Any]:
+    """A figure and its axis, with room for a long legend beside it."""
+    return _pyplot().subplots(figsize=(6 if lines < MOST_INSIDE else 8.5, 3.8))
 
 
 def _cycle(count: int) -> list[str]:
