@@ -189,7 +189,8 @@ def test_wrong_words(word: str, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def clip():
-    from tests.interop.pipelines import clip_tokenizer, stirred
+    from tests.interop.pipelines import clip_tokenizer
+    from tests.stirring import stirred
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)

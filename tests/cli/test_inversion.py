@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.interop.pipelines import SIZE, shared, stirred
+from tests.interop.pipelines import SIZE, shared
+from tests.stirring import stirred
 
 from rectiflow.cli import main
 from rectiflow.flows import FlowModel

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.interop.pipelines import PROMPTS, noises, quiet, sd, shared, stirred, stock
+from tests.interop.pipelines import PROMPTS, noises, quiet, sd, shared, stock
+from tests.stirring import stirred
 
 from rectiflow.cli import main
 from rectiflow.flows import FlowModel, PairStore, sample

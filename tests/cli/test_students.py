@@ -25,7 +25,7 @@ from rectiflow.flows import (
     Weighted,
 )
 from rectiflow.flows.couplings import Draw
-from rectiflow.flows.paths import VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.nets import build
 
 SMALL = "mlp:width=8,depth=1,time_features=8"

@@ -10,7 +10,7 @@ from rectiflow.distill.reflow import reflow_rounds
 from rectiflow.flows import FlowModel, LivePairs, PseudoHuber, Uniform
 from rectiflow.flows.annealing import Constant, Exponential, Linear
 from rectiflow.flows.couplings import Draw, TensorData
-from rectiflow.flows.paths import VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.nets import build
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings
 

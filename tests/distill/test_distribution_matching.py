@@ -17,7 +17,8 @@ from rectiflow.distill.ratio_weights import RatioWeights
 from rectiflow.flows import FlowModel, Independent, LivePairs, sample
 from rectiflow.flows.analytic import GaussianField
 from rectiflow.flows.couplings import Draw, TensorData
-from rectiflow.flows.paths import RectifiedPath, VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
+from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.times import Uniform
 from rectiflow.nets import MLP
 from rectiflow.training import OptimizerSettings, Trainer, TrainerSettings

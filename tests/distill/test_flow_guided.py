@@ -8,7 +8,7 @@ import torch
 from rectiflow.distill import FlowGuidedDistillation, OneStepDistillation
 from rectiflow.flows import L2, FlowModel, PseudoHuber
 from rectiflow.flows.couplings import Draw, Pairs
-from rectiflow.flows.paths import VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.nets import build
 from rectiflow.training import OptimizerSettings, Trainer, TrainerSettings
 

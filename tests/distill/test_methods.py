@@ -12,7 +12,7 @@ from rectiflow.distill.reflow import KINDS
 from rectiflow.distill.students import new_student
 from rectiflow.flows import FlowModel, Independent, LivePairs, PseudoHuber, Uniform
 from rectiflow.flows.couplings import Draw, TensorData
-from rectiflow.flows.paths import VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.nets import build
 from rectiflow.recipes.catalog import find
 

@@ -23,7 +23,7 @@ from rectiflow.flows import (
 )
 from rectiflow.flows.couplings import Draw, LivePairs, Pairs, TensorData
 from rectiflow.flows.metrics import first_order_gap
-from rectiflow.flows.paths import PATHS
+from rectiflow.flows.path_registry import PATHS
 from rectiflow.flows.schedules import SchedulePath
 from rectiflow.nets import build
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings

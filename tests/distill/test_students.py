@@ -11,7 +11,7 @@ from rectiflow.distill import OneStepDistillation, Reflow
 from rectiflow.distill.reflow import reflow_rounds
 from rectiflow.flows import FlowModel, Independent, LivePairs, integrate
 from rectiflow.flows.couplings import Draw, Pairs, TensorData
-from rectiflow.flows.paths import VariancePreservingPath
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.premetrics import PseudoHuber
 from rectiflow.nets import build
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings

@@ -7,7 +7,7 @@ from scipy.integrate import solve_ivp
 
 from rectiflow.flows import Counted, DormandPrince, FlowModel, GaussianField, integrate
 from rectiflow.flows.adaptive import DOPRI5, ERROR_WEIGHTS
-from rectiflow.flows.paths import PATHS, build
+from rectiflow.flows.path_registry import PATHS, build
 
 
 def swirl(x, t):

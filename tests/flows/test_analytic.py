@@ -11,7 +11,7 @@ from rectiflow.flows import (
     SoftmaxField,
     integrate,
 )
-from rectiflow.flows.paths import build
+from rectiflow.flows.path_registry import build
 
 
 def random(*shape, seed=0):

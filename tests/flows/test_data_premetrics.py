@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rectiflow.flows import L2, DataPseudoHuber, NoiseL2, Regression
-from rectiflow.flows.paths import PATHS, PREDICTIONS, CosinePath, VariancePreservingPath, build
+from rectiflow.flows.diffusion_paths import CosinePath, VariancePreservingPath
+from rectiflow.flows.path_registry import PATHS, build
+from rectiflow.flows.paths import PREDICTIONS
 
 
 def random(*shape, seed=0):

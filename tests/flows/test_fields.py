@@ -4,7 +4,8 @@ from torch import nn
 
 from rectiflow.flows import Counted, Field, FlowModel
 from rectiflow.flows.fields import evaluating
-from rectiflow.flows.paths import PATHS, PREDICTIONS, build
+from rectiflow.flows.path_registry import PATHS, build
+from rectiflow.flows.paths import PREDICTIONS
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from rectiflow.flows import FirstOrder, FlowModel, GaussianField, integrate, uniform_times
+from rectiflow.flows.diffusion_paths import CosinePath
 from rectiflow.flows.first_order import ends_through, first_order_jump
 from rectiflow.flows.pair_format import describe_solver, solver_of
-from rectiflow.flows.paths import PATHS, PREDICTIONS, CosinePath, RectifiedPath, build
+from rectiflow.flows.path_registry import PATHS, build
+from rectiflow.flows.paths import PREDICTIONS, RectifiedPath
 from rectiflow.flows.schedules import SchedulePath
 from rectiflow.flows.solvers import resolve
 

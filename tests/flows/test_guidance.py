@@ -18,7 +18,7 @@ from rectiflow.flows import (
     integrate,
 )
 from rectiflow.flows.couplings import Draw, TensorData
-from rectiflow.flows.paths import PATHS, build
+from rectiflow.flows.path_registry import PATHS, build
 
 # Two rows in a batch or four differ by rounding in a matrix product, by nothing here.
 X = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))

@@ -3,8 +3,8 @@ import torch
 
 from rectiflow.flows import FlowModel, GaussianField, InvertedPairs, integrate, uniform_times
 from rectiflow.flows.couplings import Draw, TensorData
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.inverted_pairs import falling_times, invert
-from rectiflow.flows.paths import VariancePreservingPath
 
 
 def gaussian(path=None):

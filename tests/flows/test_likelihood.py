@@ -12,7 +12,8 @@ from rectiflow.flows import (
     integrate,
     log_likelihood,
 )
-from rectiflow.flows.paths import EDMPath, build
+from rectiflow.flows.diffusion_paths import EDMPath
+from rectiflow.flows.path_registry import build
 
 
 def random(*shape, seed=0):

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectiflow.flows import GaussianField
-from rectiflow.flows.paths import PATHS, PREDICTIONS, EDMPath, PacedPath, build
+from rectiflow.flows.diffusion_paths import EDMPath
+from rectiflow.flows.path_registry import PATHS, build
+from rectiflow.flows.paths import PREDICTIONS, PacedPath
 
 NAMES = sorted(PATHS)
 PAIRS = [(a, b) for a in PREDICTIONS for b in PREDICTIONS]

@@ -7,8 +7,9 @@ import torch
 
 from rectiflow.flows import FlowModel, PairedGaussian, PhasedPairs, integrate
 from rectiflow.flows.couplings import Draw, TensorData
+from rectiflow.flows.diffusion_paths import CosinePath, EDMPath, VariancePreservingPath
 from rectiflow.flows.fields import Counted
-from rectiflow.flows.paths import CosinePath, EDMPath, RectifiedPath, VariancePreservingPath
+from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.schedules import SchedulePath
 from rectiflow.nets import build
 

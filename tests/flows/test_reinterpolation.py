@@ -10,8 +10,8 @@ from rectiflow.flows import (
     sample,
     uniform_times,
 )
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.pair_format import describe_solver, solver_of
-from rectiflow.flows.paths import VariancePreservingPath
 
 BOTH = pytest.mark.parametrize("name", ["reinterpolate", "reinterpolate-heun"])
 PEERS = {"reinterpolate": "euler", "reinterpolate-heun": "heun"}

@@ -10,7 +10,7 @@ import torch
 from rectiflow.flows import FlowModel, Renoise, integrate, sample
 from rectiflow.flows.analytic import GaussianField
 from rectiflow.flows.mixture import MixtureField
-from rectiflow.flows.paths import build
+from rectiflow.flows.path_registry import build
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

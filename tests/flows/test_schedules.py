@@ -10,7 +10,8 @@ import torch
 
 from rectiflow.errors import ModelFolderError
 from rectiflow.flows import FlowModel, SchedulePath
-from rectiflow.flows.paths import PREDICTIONS, build
+from rectiflow.flows.path_registry import build
+from rectiflow.flows.paths import PREDICTIONS
 from rectiflow.nets import build as build_net
 
 PATHS = {

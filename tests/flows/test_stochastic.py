@@ -5,7 +5,7 @@ import torch
 from tests.oracles.official_sde import official_sampler
 
 from rectiflow.flows import GaussianField, StochasticEuler, integrate
-from rectiflow.flows.paths import build
+from rectiflow.flows.path_registry import build
 
 PATHS = 20_000
 

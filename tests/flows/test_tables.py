@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rectiflow.flows import FlowModel, RectifiedPath, TablePath
-from rectiflow.flows.tables import MOST_LOG_SNR, build
+from rectiflow.flows.path_registry import build
+from rectiflow.flows.tables import MOST_LOG_SNR
 
 
 def scaled_linear(count: int = 1000) -> tuple[float, ...]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rectiflow.flows import L2, Regression, Weighted
-from rectiflow.flows.paths import CosinePath, RectifiedPath
+from rectiflow.flows.diffusion_paths import CosinePath
+from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.weights import WEIGHTS
 
 FORMULAS = {

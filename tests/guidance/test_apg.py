@@ -15,7 +15,7 @@ from rectiflow.distill.generation import describe_field
 from rectiflow.flows import Field, FlowModel, RectifiedPath, integrate
 from rectiflow.flows.compiled import CompiledSampler
 from rectiflow.flows.guided import begun
-from rectiflow.flows.paths import PATHS, build
+from rectiflow.flows.path_registry import PATHS, build
 from rectiflow.guidance import APG, ClassifierFreeGuidance, preset, projected_guidance, rectify
 from rectiflow.guidance.presets import PRESETS
 from rectiflow.vectors import inner, norm

@@ -12,7 +12,8 @@ from rectiflow.errors import SteeringDivergedError
 from rectiflow.flows import FlowModel, integrate, sample
 from rectiflow.flows.fields import Counted
 from rectiflow.flows.guidance import ClassifierFreeGuidance
-from rectiflow.flows.paths import PATHS, RectifiedPath
+from rectiflow.flows.path_registry import PATHS
+from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.solvers import names
 from rectiflow.guidance import FlowChef, LinearInverse, Masked
 from rectiflow.images.degradations import Downscale, Identity, Mask, box_mask

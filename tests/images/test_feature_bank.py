@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.interop.pipelines import PROMPTS, SIZE, noises, sd3, shared, stirred, tokens
+from tests.interop.pipelines import PROMPTS, SIZE, noises, sd3, shared, tokens
+from tests.stirring import stirred
 from torch import nn
 
 from rectiflow.flows import FlowModel

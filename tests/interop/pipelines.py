@@ -7,6 +7,7 @@ import string
 from typing import Any
 
 import torch
+from tests.stirring import stirred
 
 SIZE = (16, 16)
 """Height and width of the images; their latents are 4 x 8 x 8."""
@@ -71,15 +72,6 @@ def vae(**config: Any) -> Any:
     return AutoencoderKL(
         up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 8), **blocks, **config
     ).eval()
-
-
-def stirred(module: Any, scale: float = 0.1, seed: int = 5) -> Any:
-    """The module with noise on every parameter, so that conditions show in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return module.eval()
 
 
 def unet(**config: Any) -> Any:

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from tests.interop.pipelines import MANY, PROMPTS, noises, shared, stirred, tokens
+from tests.interop.pipelines import MANY, PROMPTS, noises, shared, tokens
+from tests.stirring import stirred
 
 from rectiflow.distill import generate_pairs
 from rectiflow.errors import RunExistsError

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.stirring import stirred
 
 from rectiflow.interop import sd3
 from rectiflow.nets import MMDiT
@@ -19,15 +20,6 @@ KINDS = {
     "rms and dual": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
 }
 EVERY = pytest.mark.parametrize("kind", sorted(KINDS))
-
-
-def stir(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter random: adaLN and norms start as zeros and ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return module.eval()
 
 
 @cache
@@ -48,7 +40,7 @@ def theirs(kind: str) -> torch.nn.Module:
             pos_embed_max_size=6,
             **KINDS[kind],
         )
-    return stir(made, 1)
+    return stirred(made, seed=1)
 
 
 def ours(kind: str) -> MMDiT:
@@ -65,7 +57,7 @@ def ours(kind: str) -> MMDiT:
         position_scale=0.37,
         position_offset=-0.4,
     )
-    return stir(net, 2)
+    return stirred(net, seed=2)
 
 
 def inputs(height: int = 8, width: int = 8):

@@ -12,10 +12,10 @@ from tests.interop.pipelines import (
     noises,
     quiet,
     shared,
-    stirred,
     stock,
     tokens,
 )
+from tests.stirring import stirred
 
 from rectiflow.distill import OneStepDistillation, TextReflow, merge_lora, with_lora
 from rectiflow.flows import FlowModel, LivePairs, sample

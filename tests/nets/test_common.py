@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tests.stirring import stirred
 
 from rectiflow.nets import MLP, UNet, build
 from rectiflow.nets.registry import NETS
@@ -38,14 +39,9 @@ SMALL = {
 EVERY = pytest.mark.parametrize("name", sorted(NETS))
 
 
-def stirred(name: str, seed: int = 0, **config) -> torch.nn.Module:
-    """A small net with every parameter random, so that no zero layer hides the rest."""
-    generator = torch.Generator().manual_seed(seed)
-    net = build(name, **{**SMALL[name], **config})
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return net.eval()
+def net_of(name: str, seed: int = 0, **config) -> torch.nn.Module:
+    """A small net of a name."""
+    return stirred(build(name, **{**SMALL[name], **config}), seed=seed)
 
 
 def batch(size: int = 4, **kwargs):
@@ -62,7 +58,7 @@ def test_starts_as_zero(name):
 
 @EVERY
 def test_samples_do_not_see_each_other(name):
-    net = stirred(name, classes=10)
+    net = net_of(name, classes=10)
     x, t = batch(6)
     label = torch.tensor([0, 1, 2, 8, 9, 10])
     order = torch.tensor([3, 1, 5, 0, 4, 2])
@@ -76,7 +72,7 @@ def test_samples_do_not_see_each_other(name):
 
 @EVERY
 def test_depends_on_time_and_label(name):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, t = batch()
     ones = torch.ones(len(x), dtype=torch.int64)
     assert not torch.allclose(net(x, t), net(x, t.flip(0)))
@@ -85,7 +81,7 @@ def test_depends_on_time_and_label(name):
 
 @EVERY
 def test_no_label_is_exactly_the_null_label(name):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, t = batch()
     label = torch.tensor([0, 1, 2, 1])
     null = net.null_condition(label=label)
@@ -98,7 +94,7 @@ def test_no_label_is_exactly_the_null_label(name):
 @EVERY
 @pytest.mark.parametrize("classes", [0, 5])
 def test_config_rebuilds_the_net(name, classes):
-    net = stirred(name, classes=classes)
+    net = net_of(name, classes=classes)
     stored = json.loads(json.dumps(net.config))
     assert stored == net.config
     twin = build(net.name, **stored).eval()
@@ -109,7 +105,7 @@ def test_config_rebuilds_the_net(name, classes):
 
 @EVERY
 def test_gradient_reaches_every_parameter(name):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, t = batch()
     net(x, t, label=torch.tensor([0, 1, 2, 3])).square().sum().backward()
     idle = [key for key, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -119,7 +115,7 @@ def test_gradient_reaches_every_parameter(name):
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(name, dtype):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, t = batch()
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])  # exact in every dtype
     expected = net(x, t)
@@ -131,7 +127,7 @@ def test_other_precisions(name, dtype):
 
 @EVERY
 def test_autocast(name):
-    net = stirred(name)
+    net = net_of(name)
     x, t = batch()
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x, t)
@@ -143,7 +139,7 @@ def test_autocast(name):
 
 @EVERY
 def test_inputs_are_not_written_to(name):
-    net = stirred(name)
+    net = net_of(name)
     x, t = batch()
     before = x.clone(), t.clone()
     net(x, t)
@@ -153,7 +149,7 @@ def test_inputs_are_not_written_to(name):
 
 @EVERY
 def test_export_with_any_batch(name):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, t = batch()
     b = torch.export.Dim("b", min=2, max=64)
     program = torch.export.export(net, (x, t), dynamic_shapes={"x": {0: b}, "t": {0: b}})
@@ -163,7 +159,7 @@ def test_export_with_any_batch(name):
 
 @EVERY
 def test_check_accepts_what_the_net_takes(name):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     x, _ = batch()
     net.check(x)
     net.check(x, label=None)
@@ -185,14 +181,14 @@ def test_check_accepts_what_the_net_takes(name):
     ],
 )
 def test_check_names_what_is_wrong_with_a_label(name, label, message):
-    net = stirred(name, classes=3)
+    net = net_of(name, classes=3)
     with pytest.raises(ValueError, match=message):
         net.check(batch()[0], label=label)
 
 
 @EVERY
 def test_check_names_what_is_wrong(name):
-    net = stirred(name)
+    net = net_of(name)
     x, _ = batch()
     with pytest.raises(ValueError, match=r"shape \(batch, 1, 8, 8\), got \(4, 8, 8\)"):
         net.check(x[:, 0])

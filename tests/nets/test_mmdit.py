@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.oracles.joint_attention import joint_block
+from tests.stirring import stirred
 
 from rectiflow.flows import ClassifierFreeGuidance, FlowModel, SkipLayers, TimeShift, integrate
 from rectiflow.flows.couplings import Draw, Independent, TensorData
@@ -18,14 +19,9 @@ SHAPE = (2, 8, 8)
 
 
 def small(seed: int = 0, **config) -> MMDiT:
-    """A net with every parameter random, so that no zero layer hides the rest."""
+    """A net with every parameter random."""
     config = {"shape": SHAPE, "depth": 3, "heads": 2, "head_dim": 8, **config}
-    net = build("mmdit", **config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return net.eval()
+    return stirred(build("mmdit", **config), seed=seed)
 
 
 def batch(size: int = 3, *, side: int = 8, tokens: int = 5):

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.recipes.alignment_lab import (
     BEFORE,
@@ -22,8 +21,6 @@ from rectiflow.recipes.alignment_lab import (
     Found,
 )
 from rectiflow.recipes.alignprop import PRESETS, _checks
-from rectiflow.recipes.recipe import load_recipe, run_recipe
-from rectiflow.training.runs import Run
 
 
 def found(ends: dict[str, float], held: float, difference: float, memory: float) -> Found:
@@ -59,15 +56,9 @@ def test_presets_are_those_of_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("alignprop")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    values = {(n["quantity"], n["arm"]): n["values"] for n in table["numbers"]}
-    assert all(math.isfinite(value) for row in values.values() for value in row)
-    arms = {arm for quantity, arm in values if quantity == f"meaning: {REWARD}"}
+    found = run_quick("alignprop", tmp_path)
+    arms = {arm for quantity, arm in found.values if quantity == f"meaning: {REWARD}"}
     assert arms == {BEFORE, LAST, NORMAL, UNIFORM, FULL, POLICY, POLICY_MORE}
-    assert len(table["checks"]) == 7
-    assert table["checks"][2]["values"] == [0.0], "gradients are equal to the last bit"
-    assert run.path("report.html").read_text().count("data:image/png;base64,") == 2
+    assert len(found.table["checks"]) == 7
+    assert found.table["checks"][2]["values"] == [0.0], "gradients are equal to the last bit"
+    assert found.pictures == 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.distill.divergences import DIVERGENCES
 from rectiflow.recipes.exact_matching import (
@@ -22,7 +21,6 @@ from rectiflow.recipes.exact_matching import (
     weighted_gradient,
 )
 from rectiflow.recipes.f_distill import LEARNED, PRESETS, Distilled, _checks
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.weighted_ring import (
     SHARES,
     RingScores,
@@ -32,7 +30,6 @@ from rectiflow.recipes.weighted_ring import (
     weighted_ring,
 )
 from rectiflow.training.evaluation import Scores
-from rectiflow.training.runs import Run
 
 # Found by gradient descent on a finer grid: mean and standard deviation of the generator.
 ENDS = {
@@ -153,15 +150,8 @@ def test_default_and_paper_follow_the_specification():
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("f-distill")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 7
+    found = run_quick("f-distill", tmp_path)
+    assert len(found.table["checks"]) == 7
     # The exact experiment decides its checks even in this preset.
-    assert [check["state"] for check in table["checks"][:3]] == ["pass"] * 3
-    assert all(math.isfinite(v) for number in table["numbers"] for v in number["values"])
-    page = run.path("report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert [check["state"] for check in found.table["checks"][:3]] == ["pass"] * 3
+    assert found.pictures == 3

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.flows import FlowModel
 from rectiflow.flows.guidance import ClassifierFreeGuidance
@@ -72,18 +72,13 @@ def test_evaluations_are_those_of_the_network() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("instaflow")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 5
-    assert {number["arm"] for number in table["numbers"]} == set(ARMS)
-    assert all(math.isfinite(v) for number in table["numbers"] for v in number["values"])
-    assert run.path("report.html").read_text().count("data:image/png;base64,") == 2
-    calls = next(c for c in table["checks"] if c["name"].startswith("network evaluations"))
+    found = run_quick("instaflow", tmp_path)
+    assert len(found.table["checks"]) == 5
+    assert found.arms == set(ARMS)
+    assert found.pictures == 2
+    calls = next(c for c in found.table["checks"] if c["name"].startswith("network evaluations"))
     assert calls["values"] == [2.0]
-    assert any("does not test it" in note for note in table["notes"])
+    assert any("does not test it" in note for note in found.table["notes"])
 
 
 def test_stages_run_on_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
+from rectiflow.flows.diffusion_paths import CosinePath
 from rectiflow.flows.metrics import FirstOrderGap
-from rectiflow.flows.paths import CosinePath
 from rectiflow.recipes import rectified_diffusion
 from rectiflow.recipes.first_order_theory import chord_distance, exact_rectification
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.rectification_scores import (
     ARMS,
     BEFORE,
@@ -22,7 +22,6 @@ from rectiflow.recipes.rectification_scores import (
     crossing,
 )
 from rectiflow.recipes.rectified_diffusion import Settings, _checks
-from rectiflow.training.runs import Run
 
 GAP = FirstOrderGap(1.0, torch.ones(2), [0.0, 0.5], 1.0)
 
@@ -99,17 +98,11 @@ def test_default_follows_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("rectified-diffusion")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    arms = {number["arm"] for number in table["numbers"]}
-    assert {*ARMS, BEFORE, f"{RECTIFIED}, then consistency", "rectified in 4 phases"} <= arms
-    assert all(math.isfinite(v) for number in table["numbers"] for v in number["values"])
-    page = run.path("report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
-    assert run.record["systems"] == ["rectified-diffusion", "rectified-flow"]
-    store = json.loads((run.path("seed-0") / "pairs" / "store.json").read_text())
+    found = run_quick("rectified-diffusion", tmp_path)
+    arms = {*ARMS, BEFORE, f"{RECTIFIED}, then consistency", "rectified in 4 phases"}
+    assert arms <= found.arms
+    assert found.pictures == 5
+    assert found.run.record["systems"] == ["rectified-diffusion", "rectified-flow"]
+    store = json.loads((found.run.path("seed-0") / "pairs" / "store.json").read_text())
     assert store["settings"]["solver"] == {"name": "first-order"}
     assert store["settings"]["path"] == CosinePath().config()

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.flows import RectifiedPath
 from rectiflow.recipes import rectified_flow
 from rectiflow.recipes.planar_flows import PATHS, PlanarScores, PlanarSettings, ring
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.rectified_flow import FLOWS, STUDENTS, Scored, Settings, _checks
 from rectiflow.recipes.tools import new_net
-from rectiflow.training.runs import Run
 
 
 def scored(one: float, many: float, straight: float, cost: float) -> Scored:
@@ -79,16 +76,8 @@ def test_default_and_paper_follow_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("rectified-flow")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 8
-    arms = {number["arm"] for number in table["numbers"]}
-    assert {*FLOWS, *STUDENTS, "independent pairs", "floor: train vs. test"} <= arms
-    assert all(math.isfinite(v) for number in table["numbers"] for v in number["values"])
-    page = run.path("report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert (run.path("seed-0") / "one-step" / "model" / "config.json").is_file()
+    found = run_quick("rectified-flow", tmp_path)
+    assert len(found.table["checks"]) == 8
+    assert {*FLOWS, *STUDENTS, "independent pairs", "floor: train vs. test"} <= found.arms
+    assert found.pictures == 4
+    assert (found.run.path("seed-0") / "one-step" / "model" / "config.json").is_file()

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.recipes import rf_solver
 from rectiflow.recipes.edit_curves import Curves, Point, advantage, largest_rise
 from rectiflow.recipes.inversion_errors import RELEASED, SOLVERS, Orders, orders, psnr
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.rf_solver import Found, Settings, _checks
-from rectiflow.training.runs import Run
 
 
 def trade(injected: dict[int, tuple[float, float]]) -> Curves:
@@ -89,11 +87,7 @@ def test_default_has_three_seeds_and_the_papers_steps() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("rf-solver")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 8
-    assert {n["arm"] for n in table["numbers"]} >= {*SOLVERS, "0 injected steps"}
-    assert run.path("report.html").read_text().count("data:image/png;base64,") == 3
+    found = run_quick("rf-solver", tmp_path)
+    assert len(found.table["checks"]) == 8
+    assert found.arms >= {*SOLVERS, "0 injected steps"}
+    assert found.pictures == 3

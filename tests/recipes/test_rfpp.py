@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
+
+from tests.recipes.quick import run_quick
 
 from rectiflow.distill import Profile, Straightening
 from rectiflow.distill.crossing import CrossingRisk
 from rectiflow.recipes import rfpp
 from rectiflow.recipes.diffusion_start import ARMS, Start
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.rfpp_findings import (
     GRIDS,
     HUBER,
@@ -21,7 +20,6 @@ from rectiflow.recipes.rfpp_findings import (
     Seed,
     checks,
 )
-from rectiflow.training.runs import Run
 
 
 def seed(uniform=10.0, shaped=8.0, logit=24.0, after=(4.0, 1.0, 4.0), before=(1.0, 1.0, 1.0), at=2):
@@ -77,16 +75,8 @@ def test_default_and_paper_follow_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("rfpp")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 6
-    arms = {number["arm"] for number in table["numbers"]}
-    assert {UNIFORM, SHAPED, HUBER, PERCEPTUAL, LOGIT, "floor: train vs. test"} <= arms
-    assert {*ARMS, *GRIDS} <= arms
-    assert all(math.isfinite(v) for number in table["numbers"] for v in number["values"])
-    page = run.path("report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    found = run_quick("rfpp", tmp_path)
+    assert len(found.table["checks"]) == 6
+    assert {UNIFORM, SHAPED, HUBER, PERCEPTUAL, LOGIT, "floor: train vs. test"} <= found.arms
+    assert {*ARMS, *GRIDS} <= found.arms
+    assert found.pictures == 3

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.flows import FlowModel
 from rectiflow.recipes import sd3_mmdit
 from rectiflow.recipes.joint_attention import Judge, Logits, measured
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.resolution_curves import Curves, distance, enlarge
 from rectiflow.recipes.sd3_mmdit import NORM, PLAIN, TIMES, WITH, WITHOUT, Found, _checks
 from rectiflow.recipes.time_samplers import (
@@ -23,7 +22,6 @@ from rectiflow.recipes.time_samplers import (
 )
 from rectiflow.recipes.tools import new_net
 from rectiflow.training.data import load
-from rectiflow.training.runs import Run
 
 
 def states(**changes) -> list[str]:
@@ -135,14 +133,7 @@ def test_default_follows_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("sd3-mmdit")
-    assert recipe.system == "sd3-mmdit"
-    settings = recipe.preset("quick")
-    with Run(tmp_path / "run", "sd3-mmdit", settings) as run:
-        result = run_recipe(recipe, settings, run, preset="quick")
-    table = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert table["verdict"] == result.verdict
-    assert len(table["checks"]) == 8
-    assert all(value is not None for number in table["numbers"] for value in number["values"])
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    found = run_quick("sd3-mmdit", tmp_path)
+    assert found.run.record["systems"][0] == "sd3-mmdit"
+    assert len(found.table["checks"]) == 8
+    assert found.pictures == 4

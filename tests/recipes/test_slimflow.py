@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from tests.recipes.quick import run_quick
 
 from rectiflow.nets import build, build_spec
-from rectiflow.recipes.recipe import load_recipe, run_recipe
 from rectiflow.recipes.slimflow import (
     ANNEALED,
     DISTILLED,
@@ -24,7 +22,6 @@ from rectiflow.recipes.slimflow import (
     OneStep,
     _checks,
 )
-from rectiflow.training.runs import Run
 
 
 def found(annealed: float, mirrored: float, guided: tuple[float, float], plain: float) -> Found:
@@ -75,20 +72,13 @@ def test_presets_are_those_of_the_specification() -> None:
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
-    recipe = load_recipe("slimflow")
-    with Run(tmp_path / "run", "run") as run:
-        result = run_recipe(recipe, recipe.preset("quick"), run, preset="quick")
-    table = json.loads(run.path("result.json").read_text())
-    assert table["verdict"] == result.verdict
-    values = {(n["quantity"], n["arm"]): n["values"] for n in table["numbers"]}
-    assert all(math.isfinite(value) for found in values.values() for value in found)
-    arms = {arm for _, arm in values}
-    assert {PAIRED, ANNEALED, PLAIN_PAIRS, MIRRORED, FLOW, STUDENT_FIRST, TEACHER_FIRST} <= arms
-    assert len(table["checks"]) == 5
+    run = run_quick("slimflow", tmp_path)
+    assert {PAIRED, ANNEALED, PLAIN_PAIRS, MIRRORED, FLOW, STUDENT_FIRST, TEACHER_FIRST} <= run.arms
+    assert len(run.table["checks"]) == 5
     # The first flow of the distillation is where its students start.
-    moved = [v[0] for (q, arm), v in values.items() if q.startswith("distilled: squared")]
+    moved = [v[0] for (q, _), v in run.values.items() if q.startswith("distilled: squared")]
     assert len(set(moved)) == 4
-    assert run.path("report.html").read_text().count("data:image/png;base64,") == 2
+    assert run.pictures == 2
 
 
 def test_mean_of_two_seeds_decides_the_annealing_check() -> None:

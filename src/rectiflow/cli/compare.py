@@ -12,7 +12,6 @@ import tyro
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.options import ScoreOptions, choose_device, judging_data
 from rectiflow.cli.settings import parse
-from rectiflow.errors import positive
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,7 @@ class Settings(ScoreOptions):
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        self.check_scores()
-        for count in self.steps:
-            positive("steps", count)
-        if not self.steps:
-            raise ValueError("--steps needs at least one number")
+        self.check_scores(self.steps)
 
 
 def main(words: Sequence[str]) -> int:

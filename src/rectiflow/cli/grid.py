@@ -46,10 +46,8 @@ class Settings(ScoreOptions):
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        self.check_scores()
+        self.check_scores((self.steps, *self.against))
         positive("measured", self.measured)
-        for count in (self.steps, *self.against):
-            positive("steps", count)
 
 
 def main(words: Sequence[str]) -> int:

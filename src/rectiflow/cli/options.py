@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +71,13 @@ class ScoreOptions:
     features: str = "auto"
     """auto, random, or inception:PATH (local weights) for FID."""
 
-    def check_scores(self) -> None:
-        """Refuse counts that cannot be scored."""
+    def check_scores(self, steps: Sequence[int]) -> None:
+        """Refuse counts of samples and steps that cannot be scored."""
         positive("samples", self.samples)
+        for count in steps:
+            positive("steps", count)
+        if not steps:
+            raise ValueError("--steps needs at least one number")
 
     def evaluator(self, train: ImageData, test: ImageData) -> Evaluator:
         """The evaluator of a data set."""

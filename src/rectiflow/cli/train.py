@@ -47,12 +47,12 @@ def run(settings: Settings) -> None:
     """Train and say where the model is."""
     import torch
 
-    from rectiflow.flows import FlowModel, Independent, MinibatchOT, paths
+    from rectiflow.flows import FlowModel, Independent, MinibatchOT, path_registry
     from rectiflow.nets import build, preset_for
     from rectiflow.training import FlowMatching
     from rectiflow.training.sessions import train_model
 
-    path = paths.build(settings.path)
+    path = path_registry.build(settings.path)
     data = settings.load()
     if settings.conditional and data.labels is None:
         raise ValueError(f"--conditional needs labels, and {settings.data} has none")

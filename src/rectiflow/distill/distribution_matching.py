@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rectiflow.distill.conditions import repeated
 from rectiflow.distill.density_ratio import (
     Discriminator,
     Judge,
@@ -205,7 +206,7 @@ class DistributionMatching:
             shown.append(real + R1_NOISE * draw.normal(noise.shape[1:]).to(noise))
         states += [path.interpolate(noise, target, t) for target in shown]
         times += [t] * len(shown)
-        condition = _repeated(given.condition, len(states))
+        condition = repeated(given.condition, len(states))
         logits = self.judge.logits(torch.cat(states), torch.cat(times), condition)
         fake, real_logits, *disturbed = logits.chunk(len(states))
         loss = discriminator_loss(fake, real_logits)
@@ -357,11 +358,3 @@ def _lacking(judged: bool, several: bool) -> str:
     if several:
         return "later steps are fed with noised real data: give data, or pass simulate=True"
     return "the student takes labels, which come with the data: give data"
-
-
-def _repeated(condition: dict[str, Any], times: int) -> dict[str, Any]:
-    """The condition for a batch stacked several times; what has no rows is shared."""
-    return {
-        name: torch.cat([value] * times) if isinstance(value, Tensor) and value.ndim else value
-        for name, value in condition.items()
-    }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rectiflow.distill.conditions import repeated
 from rectiflow.distill.one_step import OneStepDistillation
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.couplings import Coupling, Draw
@@ -99,7 +100,7 @@ class FlowGuidedDistillation(OneStepDistillation):
         source = torch.cat([pairs.source, fresh])
         start = source.new_zeros(2 * count)
         # One pass for both losses.
-        output = self.model(source, start, **_twice(condition)).to(source.dtype)
+        output = self.model(source, start, **repeated(condition, 2)).to(source.dtype)
         path, prediction = self.model.path, self.model.prediction
         step = output[count:].detach()
         if prediction != "velocity":
@@ -136,11 +137,3 @@ class FlowGuidedDistillation(OneStepDistillation):
             state = source + time * first
             second = velocity(state, u, **condition).to(source.dtype)
         return state + (1 - time) * second
-
-
-def _twice(condition: dict[str, Any]) -> dict[str, Any]:
-    """The condition for a batch laid twice."""
-    return {
-        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value
-        for name, value in condition.items()
-    }

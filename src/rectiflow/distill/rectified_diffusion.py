@@ -15,7 +15,7 @@ from rectiflow.flows.first_order import first_order_jump
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.phased import PhasedDraw, PhasedPairs
 from rectiflow.flows.premetrics import Premetric, Regression
-from rectiflow.flows.schedules import SchedulePath
+from rectiflow.flows.tables import DiscretePath
 from rectiflow.flows.times import TimeSampler
 from rectiflow.training.flow_matching import FlowMatching
 
@@ -33,7 +33,7 @@ class RectifiedDiffusion(FlowMatching):
         teacher: the (averaged) model that made the pairs and whose weights training starts from.
         coupling: its pairs: `StoredPairs` of `generate_pairs`, or `LivePairs`; guidance is baked
             in by the field that made them.
-        times: which times are looked at; uniform by default (the indices of a `SchedulePath`).
+        times: which times are looked at; uniform by default (the indices of a discrete path).
         premetric: how far a prediction is from what was wanted: `DataPseudoHuber` (default),
             `NoiseL2`, `L2` in the network's own prediction, or any other.
         condition_dropout: share of samples trained on the null condition, so that a little
@@ -135,7 +135,7 @@ def _set_up(
     options: dict[str, Any] = {"condition_dropout": condition_dropout, "name": name}
     if times is not None:
         options["times"] = times
-    elif isinstance(student.path, SchedulePath) and not isinstance(coupling, PhasedPairs):
+    elif isinstance(student.path, DiscretePath) and not isinstance(coupling, PhasedPairs):
         options["times"] = student.path.training_times()
     options["premetric"] = premetric if premetric is not None else DataPseudoHuber()
     FlowMatching.__init__(method, student, coupling, **options)

@@ -248,9 +248,8 @@ class GaussianField:
         self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
     ) -> Float[Tensor, "b *dims"]:
         """The mean of the path's derivative given the state."""
-        time = expand(t, x)
         data, noise = self.denoise(x, t, **condition), self.noise(x, t, **condition)
-        return self.path.dalpha(time) * data + self.path.dsigma(time) * noise
+        return self.path.velocity(noise, data, t)
 
     def transport(
         self, x: Float[Tensor, "b *dims"], start: float = 0.0, stop: float = 1.0

@@ -15,7 +15,7 @@ from torch import nn
 from rectiflow import __version__, nets
 from rectiflow.errors import ModelFolderError, require
 from rectiflow.files import atomic_folder, digest, read_json, write_json, write_text
-from rectiflow.flows import tables
+from rectiflow.flows import path_registry
 from rectiflow.flows.fields import FlowModel
 
 FORMAT = 1
@@ -68,7 +68,7 @@ def load(
     try:
         return FlowModel(
             net,
-            tables.build(**config["path"]),
+            path_registry.build(**config["path"]),
             config["prediction"],
             shape=config["shape"],
             sampling=config["sampling"],

@@ -194,6 +194,14 @@ def as_data(data: Data | Tensor) -> Data:
     return TensorData(data) if isinstance(data, Tensor) else data
 
 
+def draw_data(data: Data | Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    """The data of a draw's rows and their conditions, on its device."""
+    data = as_data(data)
+    rows = draw.indices(len(data))
+    target = data.batch(rows).to(draw.device, non_blocking=True)
+    return target, {name: v.to(draw.device) for name, v in data.condition(rows).items()}
+
+
 @dataclass(frozen=True)
 class Independent:
     """Sources drawn independently of targets: the start of every rectified flow.
@@ -209,10 +217,7 @@ class Independent:
     source: Data | Tensor | None = None
 
     def draw(self, draw: Draw) -> Pairs:
-        data = as_data(self.data)
-        rows = draw.indices(len(data))
-        target = data.batch(rows).to(draw.device, non_blocking=True)
-        condition = {k: v.to(draw.device) for k, v in data.condition(rows).items()}
+        target, condition = draw_data(self.data, draw)
         if self.source is None:
             return Pairs(draw.normal(target.shape[1:]), target, condition)
         origin = as_data(self.source)

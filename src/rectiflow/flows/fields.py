@@ -12,6 +12,7 @@ from torch import nn
 
 from rectiflow.errors import unknown
 from rectiflow.flows.paths import PREDICTIONS, Path, RectifiedPath
+from rectiflow.nets.base import null_condition_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -143,15 +144,7 @@ class FlowModel(nn.Module):
 
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The condition that stands for "none", for guidance and condition dropout."""
-        known = getattr(self.net, "null_condition", None)
-        if known is not None:
-            return known(**condition)
-        if condition:
-            raise ValueError(
-                f"{type(self.net).__name__} has no null condition for {', '.join(condition)}: "
-                "give it a method null_condition(**condition)"
-            )
-        return {}
+        return null_condition_of(self.net, condition)
 
     def check(self, x: Tensor, **condition: Any) -> None:
         """Raise ValueError if states or condition are not what the model takes."""

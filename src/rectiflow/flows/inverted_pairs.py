@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rectiflow.flows.couplings import Data, Draw, Pairs, as_data
+from rectiflow.flows.couplings import Data, Draw, Pairs, draw_data
 from rectiflow.flows.fields import FlowModel, evaluating
 from rectiflow.flows.integration import integrate, time_grid
 
@@ -54,10 +54,7 @@ class InvertedPairs:
         falling_times(self.steps, self.noise)
 
     def draw(self, draw: Draw) -> Pairs:
-        data = as_data(self.data)
-        rows = draw.indices(len(data))
-        target = data.batch(rows).to(draw.device, non_blocking=True)
-        condition = {name: v.to(draw.device) for name, v in data.condition(rows).items()}
+        target, condition = draw_data(self.data, draw)
         fresh = draw.normal(target.shape[1:])
         found = invert(
             self.teacher,

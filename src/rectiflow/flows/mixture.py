@@ -73,9 +73,7 @@ class MixtureField:
         self, x: Float[Tensor, "b d"], t: Float[Tensor, " b"], **condition: Any
     ) -> Float[Tensor, "b d"]:
         """The mean of the path's derivative given the state."""
-        time = expand(t, x)
-        data, noise = self.denoise(x, t), self.noise(x, t)
-        return self.path.dalpha(time) * data + self.path.dsigma(time) * noise
+        return self.path.velocity(self.noise(x, t), self.denoise(x, t), t)
 
     def log_density(self, x: Float[Tensor, "b d"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The log-density (nats) of states at their times."""

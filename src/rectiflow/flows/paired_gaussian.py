@@ -31,7 +31,7 @@ class PairedGaussian:
 
     Example:
         >>> import torch
-        >>> from rectiflow.flows.paths import CosinePath
+        >>> from rectiflow.flows.diffusion_paths import CosinePath
         >>> field = PairedGaussian(torch.tensor([2.0]), torch.tensor([0.5]), CosinePath())
         >>> field.denoise(torch.tensor([[1.0]]), torch.zeros(1))
         tensor([[2.5000]])

@@ -47,7 +47,7 @@ class PhasedPairs:
         data: samples with their conditions.
         phases: number of phases, which is the least number of steps at inference.
         steps: the teacher's steps over all phases, or its grid of times from 0 on; a multiple of
-            `phases` many. On a `SchedulePath`, `path.trailing(40, clean=False)` ends at index 0.
+            `phases` many. On a discrete path, `path.trailing(40, clean=False)` ends at index 0.
         guided: a field around the teacher (guidance) to follow instead of the teacher itself.
 
     Raises:

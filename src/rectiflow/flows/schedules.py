@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from rectiflow.errors import positive, unknown
-from rectiflow.flows.paths import TINY, Path
-from rectiflow.flows.times import Discrete
+from rectiflow.errors import unknown
+from rectiflow.flows.paths import TINY
+from rectiflow.flows.tables import DiscretePath
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,15 +28,14 @@ STATED = {
 
 
 @dataclass(frozen=True)
-class SchedulePath(Path):
+class SchedulePath(DiscretePath):
     """A variance-preserving path through the noise levels of a discrete diffusion.
 
-    Index i = 0 (least noise) to count - 1 lies at `t = 1 - (i + 1) / count`, so that uniform steps
-    are the 'trailing' grid: they start at the last index and leave out none. At these times
-    `alpha² = alpha_bar`, the table's cumulative product of `1 - beta`; in between alpha is linear
-    in t. t = 1 is clean data, one step beyond index 0. Nothing has a default that decides the
-    noise levels, since weights are worth nothing under another schedule than their own; Stable
-    Diffusion 1.5 and XL use `SchedulePath("scaled_linear", 0.00085, 0.012)`.
+    At the times of indices `alpha² = alpha_bar`, the cumulative product of `1 - beta`; in between
+    alpha is linear in t. Nothing has a default that decides the noise levels, since weights are
+    worth nothing under another schedule than their own; Stable Diffusion 1.5 and XL use
+    `SchedulePath("scaled_linear", 0.00085, 0.012)`. For a table that no two betas describe there
+    is `TablePath`.
 
     Unless `zero_terminal_snr`, the states at t = 0 of training keep a little of the data
     (`alpha(0)` is 0.068 for Stable Diffusion) while sampling starts from noise alone, at full
@@ -119,46 +118,6 @@ class SchedulePath(Path):
             return table
         alpha = table.sqrt()
         return ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
-
-    def time(self, index: Tensor) -> Float[Tensor, "*b"]:
-        """The time of indices, float64."""
-        return 1 - (index.double() + 1) / self.count
-
-    def index(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """The (fractional) index at times, as a network of the discrete diffusion expects it."""
-        return (self.count * (1 - t.double()) - 1).clamp(min=0).to(t.dtype)
-
-    def trailing(self, steps: int, *, clean: bool = True) -> list[float]:
-        """The grid of `steps` steps that starts at the last index ('trailing' spacing).
-
-        Args:
-            steps: number of steps, at most `count`.
-            clean: end at clean data; otherwise at index 0, which keeps a little noise
-                (diffusers' `set_alpha_to_one=False`).
-
-        Raises:
-            ValueError: `steps` below 1 or above the number of indices.
-
-        Example:
-            >>> SchedulePath("linear", 1e-4, 0.02).trailing(4)
-            [0.0, 0.25, 0.5, 0.75, 1.0]
-        """
-        positive("steps", steps)
-        if steps > self.count:
-            raise ValueError(f"a schedule of {self.count} indices has no grid of {steps} steps")
-        # Rounding half to even, as NumPy does for diffusers.
-        indices = [round(self.count - i * (self.count / steps)) - 1 for i in range(steps)]
-        times = [1 - (index + 1) / self.count for index in indices]
-        end = 1.0 if clean else 1 - 1 / self.count
-        return [*(t for t in times if t < end), end]
-
-    def training_times(self) -> Discrete:
-        """The times of the indices, each as likely as any other."""
-        return Discrete(tuple(self.time(torch.arange(self.count)).tolist()))
-
-    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
-        """The state at t = 0 for a source alone: the source, at the variance of the path."""
-        return source
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and its derivative at times, in float64."""

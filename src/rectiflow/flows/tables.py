@@ -1,18 +1,20 @@
-"""The path of a diffusion model whose noise schedule is a table of discrete timesteps."""
+"""Paths of discrete diffusion models, whose noise schedule is a table of timesteps."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from rectiflow.flows import paths
+from rectiflow.errors import positive
 from rectiflow.flows.paths import Path
+from rectiflow.flows.times import Discrete
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 # Half log signal-to-noise ratios are held within these: alpha or sigma of 1e-5 at the ends.
@@ -20,15 +22,70 @@ MOST_LOG_SNR = 11.5
 
 
 @dataclass(frozen=True)
-class TablePath(Path):
+class DiscretePath(Path):
+    """A variance-preserving path whose network knows `count` indices in place of times.
+
+    Index 0 (least noise) to count - 1 lies at `t = 1 - (index + 1) / count`, so that uniform steps
+    are the 'trailing' grid: they start at the last index and leave out none. t = 1 is clean data,
+    one step beyond index 0. States at t = 0 of training may keep a little of the data, while
+    sampling starts from noise alone, at full strength.
+    """
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """The number of indices."""
+
+    def time(self, index: Float[Tensor, "*b"] | Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The time of (fractional) indices; float64 for whole ones."""
+        time = 1 - (index.double() + 1) / self.count
+        return time.to(index.dtype) if index.is_floating_point() else time
+
+    def index(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """The (fractional) index at times, as a network of the discrete diffusion expects it."""
+        return (self.count * (1 - t.double()) - 1).clamp(min=0).to(t.dtype)
+
+    def trailing(self, steps: int, *, clean: bool = True) -> list[float]:
+        """The grid of `steps` steps that starts at the last index ('trailing' spacing).
+
+        Args:
+            steps: number of steps, at most `count`.
+            clean: end at clean data; otherwise at index 0, which keeps a little noise
+                (diffusers' `set_alpha_to_one=False`).
+
+        Raises:
+            ValueError: `steps` below 1 or above the number of indices.
+
+        Example:
+            >>> TablePath((0.9, 0.5, 0.2, 0.1)).trailing(2)
+            [0.0, 0.5, 1.0]
+        """
+        positive("steps", steps)
+        if steps > self.count:
+            raise ValueError(f"a schedule of {self.count} indices has no grid of {steps} steps")
+        # Rounding half to even, as NumPy does for diffusers.
+        indices = [round(self.count - i * (self.count / steps)) - 1 for i in range(steps)]
+        times = [1 - (index + 1) / self.count for index in indices]
+        end = 1.0 if clean else 1 - 1 / self.count
+        return [*(t for t in times if t < end), end]
+
+    def training_times(self) -> Discrete:
+        """The times of the indices, each as likely as any other."""
+        return Discrete(tuple(self.time(torch.arange(self.count)).tolist()))
+
+    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
+        """The state at t = 0 for a source alone: the source, at the variance of the path."""
+        return source
+
+
+@dataclass(frozen=True)
+class TablePath(DiscretePath):
     """A variance-preserving path through a table `alpha_bar[k]`, k = 0 (data) to n - 1 (noise).
 
-    Index k = 0 (least noise) to n - 1 lies at `t = 1 - (k + 1) / n`, where `alpha² =
-    alpha_bar[k]` and `alpha² + sigma² = 1`; t = 1 is one step beyond index 0 and holds clean data
-    (`sigma = 1e-5`). Between indices the logarithm of `alpha / sigma` is interpolated linearly, so
-    both coefficients and their derivatives keep all digits at both ends. A table that ends in pure
-    noise is held at `alpha = 1e-5`; any other keeps a little of the data at t = 0 in training,
-    while sampling starts from noise alone, at full strength.
+    At index k, `alpha² = alpha_bar[k]` and `alpha² + sigma² = 1`; at t = 1 `sigma = 1e-5`. Between
+    indices the logarithm of `alpha / sigma` is interpolated linearly, so both coefficients and
+    their derivatives keep all digits at both ends. A table that ends in pure noise is held at
+    `alpha = 1e-5`.
 
     Args:
         alpha_bar: the scheduler's `alphas_cumprod`: two or more falling numbers in [0, 1].
@@ -63,18 +120,6 @@ class TablePath(Path):
     def count(self) -> int:
         """n, the number of indices."""
         return len(self.alpha_bar)
-
-    def time(self, index: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """The time of (fractional) indices."""
-        return 1 - (index + 1) / self.count
-
-    def index(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """The (fractional) index at times, as a network of the discrete diffusion expects it."""
-        return (self.count * (1 - t.double()) - 1).clamp(min=0).to(t.dtype)
-
-    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
-        """The state at t = 0 for a source alone: the source, at the variance of the path."""
-        return source
 
     def log_snr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """`log(alpha / sigma)` at times t."""
@@ -113,13 +158,3 @@ class TablePath(Path):
         low = place.detach().floor().clamp(0, self.count - 1).long()
         rise = table[low + 1] - table[low]
         return table[low] + (place - low) * rise, -self.count * rise
-
-
-def build(name: str, **config: Any) -> Path:
-    """The path of a name and its parameters, tables included.
-
-    Example:
-        >>> build("table", alpha_bar=[0.9, 0.1]).count
-        2
-    """
-    return TablePath(**config) if name == TablePath.name else paths.build(name, **config)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.fields import evaluating
+from rectiflow.flows.guided import Guided
 from rectiflow.flows.integration import integrate
 from rectiflow.flows.sampling import draw_source
 from rectiflow.guidance.costs import Masked
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
 
     from rectiflow.flows.fields import Field, FlowModel
     from rectiflow.flows.integration import Step
-    from rectiflow.flows.paths import Path
 
 
 @dataclass(frozen=True, eq=False)
-class RegionalField:
+class RegionalField(Guided):
     """A field guided away from a second condition, but only where the picture is edited.
 
     `v = v_edit + (1 - keep) scale (v_edit - v_source)`: where `keep` is 1 it is the field under
@@ -54,52 +54,27 @@ class RegionalField:
     def __post_init__(self) -> None:
         positive("scale", self.scale, zero=True)
 
-    @property
-    def path(self) -> Path:
-        """The path of the field inside."""
-        return self.field.path
-
-    def check(self, x: Tensor, **condition: Any) -> None:
-        """Raise ValueError if the field inside does not take these states and this condition."""
-        known = getattr(self.field, "check", None)
-        if known is not None:
-            known(x, **condition)
-
     def source_velocity(
         self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"]
     ) -> Float[Tensor, "b *dims"]:
         """What the field says under the condition to go away from."""
+        return self._under_source("velocity", x, t)
+
+    def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+        edited = getattr(self.field, view)(x, t, **condition)
+        if not self.scale:
+            return edited
+        weight = self.scale * (1 - self.keep.to(x))
+        return edited + weight * (edited - self._under_source(view, x, t))
+
+    def _under_source(self, view: str, x: Tensor, t: Tensor) -> Tensor:
         rows = {
             name: value.expand(x.shape[0], *value.shape[1:])
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1
             else value
             for name, value in self.source.items()
         }
-        return self.field.velocity(x, t, **rows)
-
-    def velocity(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The direction of travel, guided inside the region."""
-        edited = self.field.velocity(x, t, **condition)
-        if not self.scale:
-            return edited
-        weight = self.scale * (1 - self.keep.to(x))
-        return edited + weight * (edited - self.source_velocity(x, t))
-
-    def denoise(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The estimate of the data that belongs to `velocity`."""
-        found = self.velocity(x, t, **condition)
-        return self.path.convert(found, x, t, given="velocity", wanted="data")
-
-    def noise(
-        self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any
-    ) -> Float[Tensor, "b *dims"]:
-        """The estimate of the noise that belongs to `velocity`."""
-        found = self.velocity(x, t, **condition)
-        return self.path.convert(found, x, t, given="velocity", wanted="noise")
+        return getattr(self.field, view)(x, t, **rows)
 
 
 @torch.no_grad()
@@ -165,13 +140,12 @@ def edit_region(
     if float(keep.max()) == 0 or float(keep.min()) == 1:
         extent = "nothing" if float(keep.max()) == 0 else "everything"
         raise ValueError(f"the mask keeps {extent}: mark what to keep with 1 and the rest with 0")
-    start = noise if noise is not None else draw_source(
-        model, reference.shape[0], generator=generator
-    )  # fmt: skip
-    if start.shape != reference.shape:
+    if noise is None:
+        noise = draw_source(model, reference.shape[0], generator=generator)
+    if noise.shape != reference.shape:
         raise ValueError(
             f"the reference has shape {tuple(reference.shape)} but the noises have "
-            f"{tuple(start.shape)}: bring it to the model's size"
+            f"{tuple(noise.shape)}: bring it to the model's size"
         )
     field = model if source is None else RegionalField(model, source, keep, scale)
     velocity = _from_source if estimate == "source" else None
@@ -184,7 +158,7 @@ def edit_region(
     with evaluating(model):
         return integrate(
             field,
-            model.path.start(start),
+            model.path.start(noise),
             steps,
             solver,
             correctors=correctors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -107,3 +107,20 @@ class Net(nn.Module):
                 "leave it out or build the net with classes=N"
             )
         return label
+
+
+def null_condition_of(net: Any, condition: Mapping[str, Any]) -> dict[str, Any]:
+    """The condition that stands for "none", as any network says it.
+
+    Raises:
+        ValueError: a network without `null_condition` that is given a condition.
+    """
+    known = getattr(net, "null_condition", None)
+    if known is not None:
+        return known(**condition)
+    if condition:
+        raise ValueError(
+            f"{type(net).__name__} has no null condition for {', '.join(condition)}: "
+            "give it a method null_condition(**condition)"
+        )
+    return {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rectiflow.errors import positive, unknown
 from rectiflow.nets import registry
+from rectiflow.nets.base import null_condition_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -182,15 +183,7 @@ class DiffusionVelocity(nn.Module):
         if self.one_hot:
             label = condition.get("label")
             return {} if label is None else {"label": torch.full_like(label, self.classes)}
-        known = getattr(self.net, "null_condition", None)
-        if known is not None:
-            return known(**condition)
-        if condition:
-            raise ValueError(
-                f"{type(self.net).__name__} has no null condition for {', '.join(condition)}: "
-                "give it a method null_condition(**condition)"
-            )
-        return {}
+        return null_condition_of(self.net, condition)
 
     def check(self, x: Tensor, **condition: Any) -> None:
         """Raise ValueError unless the network can be called with `x` and this condition."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rectiflow.flows.diffusion_paths import CosinePath
 from rectiflow.flows.integration import Trajectory, integrate
 from rectiflow.flows.metrics import first_order_gap
 from rectiflow.flows.paired_gaussian import PairedGaussian
-from rectiflow.flows.paths import CosinePath
 
 
 @dataclass(frozen=True)

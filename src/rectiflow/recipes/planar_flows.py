@@ -14,10 +14,11 @@ from torch import Tensor
 from rectiflow.distill.generation import generate_pairs
 from rectiflow.distill.reflow import Reflow
 from rectiflow.flows.couplings import Independent, StoredPairs
+from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.integration import Trajectory
 from rectiflow.flows.metrics import energy_distance, straightness, transport_cost, velocity_loss
-from rectiflow.flows.paths import Path, RectifiedPath, VariancePreservingPath
+from rectiflow.flows.paths import Path, RectifiedPath
 from rectiflow.flows.sampling import draw_source, sample
 from rectiflow.recipes.tools import new_model, stage, train
 from rectiflow.training.flow_matching import FlowMatching

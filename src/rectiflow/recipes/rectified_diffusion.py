@@ -26,9 +26,9 @@ from rectiflow.distill.generation import generate_pairs
 from rectiflow.distill.rectified_diffusion import PhasedRectifiedDiffusion, RectifiedDiffusion
 from rectiflow.distill.reflow import Reflow
 from rectiflow.flows.couplings import Independent, StoredPairs
+from rectiflow.flows.diffusion_paths import CosinePath
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.metrics import first_order_gap
-from rectiflow.flows.paths import CosinePath
 from rectiflow.flows.phased import PhasedPairs
 from rectiflow.flows.premetrics import L2
 from rectiflow.flows.sampling import draw_source, sample

@@ -12,9 +12,9 @@ from torch import Tensor
 from rectiflow.distill.density_ratio import Discriminator
 from rectiflow.distill.distribution_matching import DistributionMatching
 from rectiflow.flows.couplings import TensorData
+from rectiflow.flows.diffusion_paths import VarianceExplodingPath
 from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.mixture import MixtureField
-from rectiflow.flows.paths import VarianceExplodingPath
 from rectiflow.flows.sampling import draw_source, sample
 from rectiflow.flows.times import Uniform
 from rectiflow.recipes.tools import new_net, stage, train

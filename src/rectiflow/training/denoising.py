@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rectiflow.errors import positive
-from rectiflow.flows.couplings import Data, Draw, as_data
+from rectiflow.flows.couplings import Data, Draw, draw_data
 from rectiflow.flows.fields import FlowModel
 from rectiflow.nets.diffusion import DiffusionVelocity
 from rectiflow.training.method import Phase
@@ -55,10 +55,7 @@ class Denoising:
 
     def loss(self, draw: Draw) -> Tensor:
         """The mean loss of the draw's rows."""
-        data = as_data(self.data)
-        rows = draw.indices(len(data))
-        target = data.batch(rows).to(draw.device, non_blocking=True)
-        condition = {name: v.to(draw.device) for name, v in data.condition(rows).items()}
+        target, condition = draw_data(self.data, draw)
         net = self.model.net
         assert isinstance(net, DiffusionVelocity)
         sigma = (self.mean + self.std * draw.normal(())).exp()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -12,33 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tests.training.data.pictures import coloured, write_folder
 
 from rectiflow.training.data import SOURCES, ImageData, load, parse
 from rectiflow.training.data.photos import PHOTOS, _open, _tiles, crop_boxes
 from rectiflow.training.data.splits import held_out
-
-
-def solid(colour, mode="RGB", size=(6, 4)):
-    return Image.new(mode, size, colour)
-
-
-def encoded(picture, kind="PNG", **options):
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def coloured(count, size=(6, 4)):
-    """Image files whose red value is their number."""
-    return {f"{i:02}.png": encoded(solid((i, 0, 0), size=size)) for i in range(count)}
-
-
-def write_folder(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
 
 
 def test_split_mask_is_pinned():

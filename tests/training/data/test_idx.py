@@ -7,16 +7,10 @@ import struct
 
 import numpy as np
 import pytest
+from tests.training.data.pictures import write_folder
 
 from rectiflow.training.data import load
 from rectiflow.training.data.idx import DEBIAN, read_idx
-
-
-def write_folder(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
 
 
 def idx(values):

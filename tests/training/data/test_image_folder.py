@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.training.data.pictures import coloured, encoded, solid, write_folder
 
 from rectiflow.training.data import load
 from rectiflow.training.data.pictures import BadPictureError, read_header, read_picture
-
-
-def solid(colour, mode="RGB", size=(6, 4)):
-    return Image.new(mode, size, colour)
-
-
-def encoded(picture, kind="PNG", **options):
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def oriented():
@@ -37,18 +27,6 @@ def palette():
     picture = Image.new("P", (6, 4), 1)
     picture.putpalette([0, 0, 0, 10, 200, 30])
     return picture
-
-
-def write_folder(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
-
-
-def coloured(count, size=(6, 4)):
-    """Image files whose red value is their number."""
-    return {f"{i:02}.png": encoded(solid((i, 0, 0), size=size)) for i in range(count)}
 
 
 GOOD = {
