@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from rectiflow.distill.methods import METHODS, Choices, Options, find_method, methods_of
+from rectiflow.distill.few_step_method import Choices, Options
+from rectiflow.distill.methods import METHODS, find_method, methods_of
 from rectiflow.distill.reflow import KINDS
 from rectiflow.distill.students import new_student
 from rectiflow.flows import FlowModel, Independent, LivePairs, PseudoHuber, Uniform

@@ -7,20 +7,19 @@ import torch
 from tests.recipes.quick import run_quick
 
 from rectiflow.nets import build, build_spec
-from rectiflow.recipes.slimflow import (
+from rectiflow.recipes.slimflow import PRESETS, _checks
+from rectiflow.recipes.small_students import (
     ANNEALED,
     DISTILLED,
     FLOW,
     MIRRORED,
     PAIRED,
     PLAIN_PAIRS,
-    PRESETS,
     STUDENT_FIRST,
     TEACHER_FIRST,
     Annealed,
     Found,
     OneStep,
-    _checks,
 )
 
 

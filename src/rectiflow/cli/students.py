@@ -23,7 +23,8 @@ from rectiflow.cli.options import (
     plain_warnings,
 )
 from rectiflow.cli.settings import parse
-from rectiflow.distill.methods import Choices, FewStepMethod, Options, find_method, methods_of
+from rectiflow.distill.few_step_method import Choices, FewStepMethod, Options
+from rectiflow.distill.methods import find_method, methods_of
 from rectiflow.errors import PairStoreError, positive
 from rectiflow.files import atomic_folder
 from rectiflow.training.trainer import TrainerSettings

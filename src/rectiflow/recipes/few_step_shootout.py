@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rectiflow.distill.comparison_page import compare, write
+from rectiflow.distill.few_step_method import Choices
 from rectiflow.distill.generation import generate_pairs
-from rectiflow.distill.methods import METHODS, Choices
+from rectiflow.distill.methods import METHODS
 from rectiflow.files import cache_folder, read_json, write_json
 from rectiflow.flows.couplings import Coupling, Independent, StoredPairs
 from rectiflow.flows.fields import FlowModel

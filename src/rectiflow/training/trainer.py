@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,11 @@ from rectiflow.flows.couplings import Draw
 from rectiflow.flows.fields import FlowModel
 from rectiflow.training import checkpoints, optimizers
 from rectiflow.training.averaging import EMA
+from rectiflow.training.interrupts import interruptible
 from rectiflow.training.method import Method, Phase
 from rectiflow.training.optimizers import OptimizerSettings
 from rectiflow.training.progress import bar
+from rectiflow.training.random_state import random_state, set_random_state
 from rectiflow.training.records import MetricsLog
 
 
@@ -168,7 +168,7 @@ class Trainer:
         window = torch.zeros(len(self.phases), dtype=torch.float64, device=self.device)
         since = self.step
         with (
-            _interruptible() as interrupted,
+            interruptible() as interrupted,
             bar(self.title, settings.steps, start=self.step, shown=shown) as progress,
         ):
             numbers: dict[str, float] = {}
@@ -304,7 +304,7 @@ class Trainer:
             "seed": self.settings.seed,
             "size": self._size,
             "ema": self.ema.state_dict(),
-            "random": _random_state(self.device),
+            "random": random_state(self.device),
         }
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
             if optimizer.optimizer.state:
@@ -354,7 +354,7 @@ class Trainer:
                 options=options,
             )
         self.ema.load_state_dict(state["ema"])
-        _set_random_state(state["random"], self.device)
+        set_random_state(state["random"], self.device)
         self.step = int(state["step"])
 
     def _make_accelerator(self) -> Any:
@@ -371,44 +371,6 @@ class Trainer:
             log_with=self.settings.tracker if tracked else None,
             project_dir=str(self.folder) if tracked else None,
         )
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's own generators, which dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half.
-
-    A second Ctrl-C interrupts at once.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
