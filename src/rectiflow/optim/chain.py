@@ -1,0 +1,400 @@
+"""Optimizers made of parts: a direction rule, what rectifies it, weight decay, a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from rectiflow.errors import positive
+from rectiflow.optim.buckets import Block, Bucket, working_dtype
+from rectiflow.optim.parts import Direction, Part, Stretch, Whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Params = Iterable[Any]
+
+
+class ChainedOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` chained of parts; `chain` and the named optimizers make them.
+
+    Each step goes through the same order:
+
+    1. the gradient, with its sign turned if `maximize`;
+    2. rectifiers of gradients, in the order given (clipping, centring);
+    3. with coupled weight decay, `weight_decay` times the weights is added;
+    4. the direction rule (momentum, Adam, ...);
+    5. rectifiers of directions, in the order given (friction, projection, clipping of updates);
+    6. decoupled weight decay, `w <- w (1 - lr weight_decay)`;
+    7. the step, `w <- w - lr direction`.
+
+    The weights of a group are laid into one buffer for each device and dtype, of which they become
+    views: values, identity, shapes and hooks stay, `state_dict` and checkpoints too. Weights that
+    cannot be moved (shared memory, sharded tensors) are copied in and out. State is in float32 at
+    least. Gradients are left as they are.
+
+    Args:
+        params: weights, or groups of them with settings of their own.
+        parts: the direction rule and its rectifiers, exactly one rule.
+        lr: learning rate, a number or a 0-dim tensor.
+        weight_decay: weight decay.
+        decoupled: whether it is decoupled; otherwise it is added to the gradient.
+        maximize: go up instead of down.
+        compile: compute each bucket in one compiled kernel (needs a C++ compiler on a CPU). It
+            takes a few seconds once, and memory for one more copy of the gradients.
+        settings: defaults of the parts' settings to change.
+
+    Raises:
+        ValueError: settings out of range, several direction rules or none, weights that are
+            complex or no floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        parts: Sequence[Part],
+        *,
+        lr: float | Tensor,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+        compile: bool = False,
+        **settings: Any,
+    ) -> None:
+        rules = [part for part in parts if isinstance(part, Direction)]
+        if len(rules) != 1:
+            raise ValueError(f"a chain has one direction rule, got {len(rules)}")
+        self.parts = _ordered(parts, decoupled=decoupled)
+        self.decoupled = decoupled
+        self.compile = compile
+        self._buckets: dict[int, tuple[list[int], list[Bucket]]] = {}
+        self._kernels: dict[Any, Callable[..., Any]] = {}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        for part in self.parts:
+            defaults |= part.defaults
+        for name in settings:
+            if name not in defaults:
+                raise ValueError(f"no part of the chain knows the setting {name!r}")
+        super().__init__(params, {**defaults, **settings})
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of all buffers of a weight."""
+        return tuple(slot for part in self.parts for slot in part.slots)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add weights with settings of their own, at any time."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for weights or settings of a group that cannot be."""
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise ValueError(
+                    f"{type(self).__name__} takes real floating-point weights, got {p.dtype}: "
+                    "give the real view of complex ones"
+                )
+        positive("lr", float(group["lr"]), zero=True)
+        positive("weight_decay", group["weight_decay"], zero=True)
+        for part in self.parts:
+            part.check(group)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; a closure is called first, with gradients enabled, and its value returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for number, group in enumerate(self.param_groups):
+            grads = [_gradient(self, p) for p in group["params"]]
+            if any(grad is not None for grad in grads):
+                work.append((number, group, grads))
+        surveyed = self._survey(work)
+        for (number, group, grads), found in zip(work, surveyed):
+            self._step_group(number, group, grads, found)
+        return loss
+
+    def _survey(self, work: Sequence[tuple[int, dict[str, Any], list[Any]]]) -> list[dict]:
+        """What parts say that look at all gradients."""
+        found: list[dict[str, Any]] = [{} for _ in work]
+        for part in self.parts:
+            if part.surveys:
+                given = [(group, [g for g in grads if g is not None]) for _, group, grads in work]
+                for own, more in zip(found, part.survey(given)):
+                    own.update(more)
+        return found
+
+    def _step_group(
+        self, number: int, group: dict[str, Any], grads: list[Any], found: dict[str, Any]
+    ) -> None:
+        by_param = dict(zip(map(id, group["params"]), grads))
+        for bucket in self._buckets_of(number, group):
+            own = [by_param[id(p)] for p in bucket.params]
+            bucket.gather()
+            moved: list[int] = []
+            for count, indices in bucket.runs([grad is not None for grad in own]):
+                numbers = {**self._numbers(group, count + 1), **found}
+                self._advance(bucket, indices, own, numbers)
+                moved += indices
+                for index in indices:
+                    bucket.counts[index] = count + 1
+            if len(moved) == len(own):
+                bucket.steps += 1
+            else:
+                bucket.steps[moved] += 1
+            bucket.scatter(moved)
+            increment_version([bucket.params[index] for index in moved])
+
+    def _numbers(self, group: dict[str, Any], step: int) -> dict[str, Any]:
+        """The settings of a step as plain numbers."""
+        lr = float(group["lr"])
+        decay = float(group["weight_decay"])
+        numbers: dict[str, Any] = {
+            "lr": lr,
+            "up": bool(group["maximize"]),
+            "coupled": 0.0 if self.decoupled else decay,
+            "decay": lr * decay if self.decoupled else 0.0,
+        }
+        for part in self.parts:
+            numbers.update(part.numbers(group, step))
+        return numbers
+
+    def _advance(
+        self, bucket: Bucket, indices: list[int], grads: list[Any], numbers: dict[str, Any]
+    ) -> None:
+        """One step of the weights of these numbers."""
+        flats = {index: bucket.flatten(index, grads[index]) for index in indices}
+        if any(part.whole for part in self.parts):
+            self._run_whole(bucket, indices, flats, numbers)
+        elif self.compile and len(indices) == len(bucket.params):
+            self._run_compiled(bucket, flats, numbers)
+        else:
+            for block in bucket.blocks(indices):
+                place = slice(block.start, block.stop)
+                target = bucket.flat[place]
+                stretch = Stretch.of(
+                    target.to(bucket.dtype),
+                    bucket.piece(flats, block).to(bucket.dtype),
+                    {name: buffer[place] for name, buffer in bucket.state.items()},
+                    numbers,
+                )
+                for part in self.parts:
+                    part.apply(stretch)
+                move(stretch, target)
+
+    def _run_whole(
+        self,
+        bucket: Bucket,
+        indices: list[int],
+        flats: dict[int, Tensor],
+        numbers: dict[str, Any],
+    ) -> None:
+        """A step with parts that need whole tensors: the others go over blocks in between."""
+        raw = bucket.state_like()
+        for index, flat in flats.items():
+            start, stop = bucket.spans[index]
+            raw[start:stop] = flat
+        begun = Stretch.of(bucket.flat.to(bucket.dtype), raw, bucket.state, numbers)
+        whole = Whole(
+            begun.param, raw, begun.gradient, None, None, bucket.state, numbers, bucket, indices
+        )
+        blocks = bucket.blocks(indices)
+        for part in self.parts:
+            if part.whole:
+                part.apply(whole)
+            else:
+                _over_blocks(part, whole, blocks)
+        for block in blocks:
+            place = slice(block.start, block.stop)
+            move(whole.cut(place), bucket.flat[place])
+
+    def _run_compiled(
+        self, bucket: Bucket, flats: dict[int, Tensor], numbers: dict[str, Any]
+    ) -> None:
+        """A step in one kernel."""
+        up = numbers.pop("up")
+        fixed = {name: value for name, value in numbers.items() if not torch.is_tensor(value)}
+        found = {name: value for name, value in numbers.items() if torch.is_tensor(value)}
+        # As tensors: plain numbers would be compiled into the kernel, anew at every step.
+        values = torch.tensor(list(fixed.values()), dtype=bucket.dtype)
+        raw = bucket.gathered([flats[index] for index in range(len(bucket.params))])
+        self._kernel((*fixed, *found), up)(
+            bucket.flat, raw, bucket.state, [*values.unbind(), *found.values()]
+        )
+
+    def _kernel(self, names: tuple[str, ...], up: bool) -> Callable[..., None]:
+        """The compiled step of a buffer, given numbers of these names."""
+        key = (names, up)
+        if key not in self._kernels:
+            parts = self.parts
+
+            def kernel(
+                flat: Tensor, raw: Tensor, state: dict[str, Tensor], values: list[Tensor]
+            ) -> None:
+                numbers = {**dict(zip(names, values)), "up": up}
+                dtype = working_dtype(flat.dtype)
+                stretch = Stretch.of(flat.to(dtype), raw.to(dtype), state, numbers)
+                for part in parts:
+                    part.apply(stretch)
+                kept = stretch.param * (1 - numbers["decay"])
+                flat.copy_(kept - stretch.chosen * numbers["lr"])
+
+            # Of any length: else each group would be compiled for itself.
+            self._kernels[key] = torch.compile(kernel, fullgraph=True, dynamic=True)
+        return self._kernels[key]
+
+    def _buckets_of(self, number: int, group: dict[str, Any]) -> list[Bucket]:
+        """The buffers of a group, laid anew if its weights have been exchanged or moved."""
+        wanted = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+        ids, buckets = self._buckets.get(number, ([], []))
+        if ids != [id(p) for p in wanted] or not all(bucket.intact for bucket in buckets):
+            kinds: dict[tuple[Any, Any], list[Tensor]] = {}
+            for p in wanted:
+                kinds.setdefault((p.device, p.dtype), []).append(p)
+            buckets = [self._lay(params) for params in kinds.values()]
+            self._buckets[number] = ([id(p) for p in wanted], buckets)
+        return buckets
+
+    def _lay(self, params: list[Tensor]) -> Bucket:
+        """A buffer of weights, with what is known of their state."""
+        bucket = Bucket(params)
+        for name in self.slots:
+            bucket.add_slot(name)
+        for index, p in enumerate(params):
+            known = self.state.get(p, {})
+            views = {name: bucket.slot_view(name, index) for name in self.slots}
+            for name, view in views.items():
+                if name in known:
+                    view.copy_(known[name])
+            if "step" in known:
+                bucket.counts[index] = int(known["step"])
+                bucket.steps[index] = float(known["step"])
+            self.state[p] = {"step": bucket.steps[index], **views}
+        return bucket
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, that of a loop optimizer with the same buffers included.
+
+        Buffers that it lacks begin with zeros. State stays in float32 for weights of lower
+        precision.
+        """
+        super().load_state_dict(state_dict)
+        self._buckets.clear()
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(saved, own):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if torch.is_tensor(value) and value.is_floating_point() and name != "step":
+                    self.state[p][name] = value.detach().to(
+                        p.device, working_dtype(p.dtype), copy=True
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in ("parts", "decoupled", "compile")}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets, self._kernels = {}, {}
+
+
+def chain(direction: Direction, *rectifiers: Part) -> Callable[..., ChainedOptimizer]:
+    """A builder of optimizers: `chain(Adam(), Friction())(params, lr=1e-3)`.
+
+    Args:
+        direction: the direction rule.
+        *rectifiers: what changes the gradient before it or the direction after it; each says
+            which, and among those of one kind the order given is the order applied.
+
+    Returns:
+        a function from weights and the arguments of `ChainedOptimizer` to an optimizer.
+
+    Example:
+        >>> from rectiflow.optim import Adam, Friction, RadialProjection
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = chain(Adam(), Friction(), RadialProjection())([weight], lr=0.1)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+    """
+
+    def build(params: Params, *, lr: float | Tensor, **settings: Any) -> ChainedOptimizer:
+        return ChainedOptimizer(params, (direction, *rectifiers), lr=lr, **settings)
+
+    return build
+
+
+def move(stretch: Stretch, target: Tensor) -> None:
+    """Weight decay and the step, into the weights."""
+    param, numbers = stretch.param, stretch.numbers
+    if numbers["decay"]:
+        param.mul_(1 - numbers["decay"])
+    param.sub_(stretch.chosen, alpha=numbers["lr"])
+    if param.dtype != target.dtype:
+        target.copy_(param)
+
+
+def _over_blocks(part: Part, whole: Whole, blocks: Sequence[Block]) -> None:
+    """Apply a part to blocks of whole buffers."""
+    gradient, momentum, direction = whole.gradient, whole.momentum_gradient, whole.direction
+    for block in blocks:
+        place = slice(block.start, block.stop)
+        stretch = whole.cut(place)
+        given = stretch.gradient
+        part.apply(stretch)
+        if stretch.gradient is not given:
+            # The raw gradient stays as it was.
+            gradient = torch.empty_like(whole.raw) if gradient is whole.raw else gradient
+            gradient[place] = stretch.gradient
+        if stretch.momentum_gradient is not None:
+            momentum = torch.empty_like(whole.raw) if momentum is None else momentum
+            momentum[place] = stretch.momentum_gradient
+        if stretch.direction is not None:
+            direction = torch.empty_like(whole.raw) if direction is None else direction
+            direction[place] = stretch.direction
+    whole.gradient, whole.momentum_gradient, whole.direction = gradient, momentum, direction
+
+
+@dataclass(frozen=True)
+class _CoupledDecay(Part):
+    """Adds the weights times the coupled weight decay to the gradient."""
+
+    on = "gradient"
+
+    def apply(self, stretch: Stretch) -> None:
+        added = stretch.param * stretch.numbers["coupled"]
+        stretch.gradient = stretch.gradient + added
+        if stretch.momentum_gradient is not None:
+            stretch.momentum_gradient = stretch.momentum_gradient + added
+
+
+def _ordered(parts: Sequence[Part], *, decoupled: bool) -> tuple[Part, ...]:
+    """The parts in the order in which they are applied."""
+    rule = [part for part in parts if isinstance(part, Direction)]
+    rectifiers = [part for part in parts if not isinstance(part, Direction)]
+    before = [part for part in rectifiers if part.on == "gradient"]
+    after = [part for part in rectifiers if part.on == "direction"]
+    return (*before, *(() if decoupled else (_CoupledDecay(),)), *rule, *after)
+
+
+def _gradient(optimizer: Any, p: Tensor) -> Tensor | None:
+    """The gradient of a weight, of a kind that can be used."""
+    grad = p.grad
+    if grad is not None and grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} takes dense gradients, got a sparse one: make the "
+            "embedding with sparse=False"
+        )
+    return grad

@@ -1,0 +1,243 @@
+"""Clipping of the few largest coordinates of a gradient, or of a step, at a quantile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rectiflow.errors import positive, unknown
+from rectiflow.optim.parts import Part, Stretch, Whole
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+SCOPES = ("global", "group", "tensor")
+PLACES = ("gradient", "momentum", "update")
+# Elements of which a sample is sorted to find where the threshold must lie.
+SAMPLE = 65_536
+
+
+@torch.no_grad()
+def top_threshold(values: Sequence[Float[Tensor, "..."]], fraction: float) -> Float[Tensor, ""]:
+    """The `floor(fraction n) + 1`-th largest absolute value of all n numbers.
+
+    Exact, without sorting all of them: a sample says between which two numbers it must lie, and
+    only what lies there is looked at closely. With rare bad luck, or NaN, everything is.
+
+    Args:
+        values: tensors of any shapes on one device.
+        fraction: share of the numbers that lie above, in [0, 1).
+
+    Returns:
+        a number of the tensors' dtype; 0 where a fraction above 0 would clip at 0 but some
+        numbers are not: see `clip_coordinates_`.
+
+    Raises:
+        ValueError: a fraction outside [0, 1), or no numbers.
+
+    Example:
+        >>> top_threshold([torch.tensor([3.0, -8.0]), torch.tensor([1.0, 5.0])], 0.25)
+        tensor(5.)
+
+    Source: arXiv 2306.00204, section 4: the threshold is taken over all tensors together.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the clipped fraction must be in [0, 1), got {fraction}")
+    count = sum(value.numel() for value in values)
+    if not count:
+        raise ValueError("there is nothing to take a quantile of: give one number or more")
+    rank = int(count * fraction)
+    if count <= 2 * SAMPLE:
+        return _largest(_magnitudes(values), rank)
+    found = _bracketed(values, count, rank)
+    return found if found is not None else _largest(_magnitudes(values), rank)
+
+
+def _magnitudes(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in values]).abs_()
+
+
+def _largest(magnitudes: Tensor, rank: int) -> Tensor:
+    """The number with `rank` larger ones."""
+    return torch.kthvalue(magnitudes, len(magnitudes) - rank).values
+
+
+def _bracketed(values: Sequence[Tensor], count: int, rank: int) -> Tensor | None:
+    """The threshold by a sample and two passes; None if it lies outside of what the sample says."""
+    stride = count // SAMPLE
+    # An odd stride meets every place of rows whose length is a power of two.
+    sample = torch.cat([value.reshape(-1)[:: stride | 1] for value in values]).abs_()
+    middle = len(sample) * rank / count
+    # Six standard deviations of the rank of a random sample.
+    slack = 6 * (middle * (1 - rank / count)) ** 0.5 + 8
+    high = _largest(sample, max(0, int(middle - slack)))
+    low = _largest(sample, min(len(sample) - 1, int(middle + slack)))
+    inside, above = [], 0
+    for value in values:
+        for part in value.reshape(-1).split(SAMPLE):
+            size = part.abs()
+            above += (size > high).sum()
+            inside.append(size[(size >= low) & (size <= high)])
+    near = torch.cat(inside)
+    place = rank - int(above)
+    if not 0 <= place < len(near) or bool(sample.isnan().any()):
+        return None
+    return _largest(near, place)
+
+
+@torch.no_grad()
+def clip_coordinates_(
+    params: Iterable[Any] | Tensor,
+    fraction: float = 0.1,
+    *,
+    scope: str = "global",
+    threshold_scale: float = 1.0,
+) -> Float[Tensor, "..."]:
+    """Clip the largest coordinates of gradients in place, as `clip_grad_norm_` clips their norm.
+
+    `sign(g) min(|g|, tau)`, where tau is such that a fraction of all coordinates lies above it.
+    Where more than that fraction is all that is not zero (embeddings seen rarely), tau is taken
+    over what is not zero.
+
+    Args:
+        params: weights whose gradients are clipped; those without gradient are left out.
+        fraction: share of the coordinates to clip, in [0, 1); 0 clips nothing.
+        scope: "global" (one threshold) or "tensor" (one each).
+        threshold_scale: factor on the threshold.
+
+    Returns:
+        the threshold, or one a tensor.
+
+    Raises:
+        ValueError: a fraction outside [0, 1), an unknown scope, a gradient that is not finite.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(4))
+        >>> weight.grad = torch.tensor([1.0, -2.0, 3.0, -9.0])
+        >>> clip_coordinates_(weight, 0.25), weight.grad
+        (tensor(3.), tensor([ 1., -2.,  3., -3.]))
+
+    Source: arXiv 2306.00204, section 4.
+    """
+    if scope not in ("global", "tensor"):
+        raise unknown("scope", scope, ("global", "tensor"))
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    grads = [p.grad for p in listed if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    if scope == "tensor":
+        found = torch.stack([_threshold([grad], fraction) for grad in grads])
+    else:
+        found = _threshold(grads, fraction)
+    found = found * threshold_scale
+    if not bool(found.isfinite().all()):
+        raise ValueError("gradients are not finite: skip this step, or clip nothing")
+    for grad, tau in zip(grads, found.expand(len(grads)).unbind()):
+        if fraction:
+            torch.clamp(grad, -tau, tau, out=grad)
+    return found
+
+
+def _threshold(values: Sequence[Tensor], fraction: float) -> Tensor:
+    """`top_threshold`, over what is not zero where it would be zero itself."""
+    found = top_threshold(values, fraction)
+    if found == 0:
+        kept = [value[value != 0] for value in values]
+        if any(value.numel() for value in kept):
+            return top_threshold(kept, fraction)
+    return found
+
+
+@dataclass(frozen=True)
+class ClipCoordinates(Part):
+    """Clips the largest coordinates of what passes through a chain.
+
+    Args:
+        fraction: share of the coordinates to clip, in [0, 1); 0 clips nothing.
+        scope: over what the threshold is taken: "global" (all weights), "group" or "tensor".
+        where: "gradient"; "momentum" (first moments see the clipped gradient, second moments the
+            whole one: the paper's Adam); or "update" (the direction).
+        threshold_scale: factor on the threshold.
+
+    Raises:
+        ValueError: a fraction outside [0, 1), an unknown scope or place.
+
+    Source: arXiv 2306.00204, algorithms 1 to 4.
+    """
+
+    fraction: float = 0.1
+    scope: str = "global"
+    where: str = "gradient"
+    threshold_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"the clipped fraction must be in [0, 1), got {self.fraction}")
+        if self.scope not in SCOPES:
+            raise unknown("scope", self.scope, SCOPES)
+        if self.where not in PLACES:
+            raise unknown("place of clipping", self.where, PLACES)
+        if self.where == "update" and self.scope == "global":
+            object.__setattr__(self, "scope", "group")
+        positive("threshold_scale", self.threshold_scale)
+
+    @property
+    def on(self) -> str:  # type: ignore[override]
+        return "direction" if self.where == "update" else "gradient"
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        return self.where == "update" or self.scope == "tensor"
+
+    @property
+    def surveys(self) -> bool:  # type: ignore[override]
+        return not self.whole
+
+    def survey(
+        self, groups: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
+    ) -> Iterable[dict[str, Tensor]]:
+        if self.scope == "global":
+            every = [grad for _, grads in groups for grad in grads]
+            found = self._tau(every) if every else None
+            return [{} if found is None else {"clip_above": found} for _ in groups]
+        return [{"clip_above": self._tau(grads)} for _, grads in groups]
+
+    def _tau(self, values: Sequence[Tensor]) -> Tensor:
+        """The threshold; what is on several devices is brought to the first."""
+        device = values[0].device
+        here = [value if value.device == device else value.to(device) for value in values]
+        return _threshold(here, self.fraction) * self.threshold_scale
+
+    def apply(self, stretch: Stretch) -> None:
+        if not self.fraction:
+            return
+        if isinstance(stretch, Whole):
+            self._apply_whole(stretch)
+            return
+        tau = stretch.numbers["clip_above"].to(stretch.gradient)
+        clipped = torch.clamp(stretch.gradient, -tau, tau)
+        if self.where == "momentum":
+            stretch.momentum_gradient = clipped
+        else:
+            stretch.gradient = clipped
+
+    def _apply_whole(self, whole: Whole) -> None:
+        """Clip by tensor, or the direction of all weights here."""
+        source = whole.chosen if self.where == "update" else whole.gradient
+        clipped = source.clone()
+        spans = [whole.bucket.spans[index] for index in whole.indices]
+        parts = [clipped[start:stop] for start, stop in spans if stop > start]
+        for some in [[part] for part in parts] if self.scope == "tensor" else [parts]:
+            tau = self._tau(some)
+            for part in some:
+                torch.clamp(part, -tau, tau, out=part)
+        if self.where == "update":
+            whole.direction = clipped
+        elif self.where == "momentum":
+            whole.momentum_gradient = clipped
+        else:
+            whole.gradient = clipped

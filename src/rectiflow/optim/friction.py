@@ -1,0 +1,107 @@
+"""Friction: a direction weighted by how much its gradient has just changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rectiflow.errors import unknown
+from rectiflow.optim.parts import Part, Stretch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "identity": torch.clone,
+    "negate": torch.neg,
+}
+
+
+@dataclass(frozen=True)
+class Friction(Part):
+    """`scale sigmoid(slope s(g_before - g)) + offset` times the direction, weight by weight.
+
+    With the defaults it is 1/2 where the gradient stays as it is and nears 1 where it changes by
+    more than a few units. It depends on the absolute size of gradients, unlike Adam: a loss that
+    is summed rather than averaged, or gradients still multiplied by a `GradScaler`, change it. For
+    the gradients of usual networks it is 1/2 to three digits, and Adam at half the rate is the
+    control to compare with. `Friction.preset` has the forms of the paper.
+
+    Args:
+        scale: height of the sigmoid.
+        slope: its slope.
+        offset: added to it.
+        shape: what the sigmoid sees of the change: "abs", "identity" (`g_before - g`) or "negate".
+        relative: divide the change by the root of Adam's mean of squares, so that the loss may be
+            scaled at will; an extension of ours.
+
+    Raises:
+        ValueError: an unknown shape.
+
+    Source: arXiv 1909.11015, equation 5 (`xi`); the gradient before the first is 0.
+    """
+
+    scale: float = 1.0
+    slope: float = 1.0
+    offset: float = 0.0
+    shape: str = "abs"
+    relative: bool = False
+    slots = ("previous_grad",)
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise unknown("shape of friction", self.shape, SHAPES)
+        if self.offset + min(0.0, self.scale) < 0:
+            warnings.warn(
+                "this friction can be negative and then reverses a step: training may diverge",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def preset(cls, name: str, *, relative: bool = False) -> Friction:
+        """A form of the paper: v0 is the method, the others are its ablation.
+
+        The constants of v3, v4 and v5 could not be confirmed.
+
+        Raises:
+            ValueError: an unknown name.
+
+        Example:
+            >>> Friction.preset("v2").slope
+            0.5
+        """
+        if name not in PRESETS:
+            raise unknown("friction", name, PRESETS)
+        shape, scale, slope, offset = PRESETS[name]
+        return cls(scale, slope, offset, shape, relative)
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, float]:
+        if not self.relative:
+            return {}
+        decay = float(group["betas"][1])
+        return {"change_root": (1 - decay**step) ** 0.5}
+
+    def apply(self, stretch: Stretch) -> None:
+        before, now = stretch.state["previous_grad"], stretch.gradient
+        change = before - now
+        before.copy_(now)
+        if self.relative:
+            spread = stretch.state["exp_avg_sq"].sqrt() / stretch.numbers["change_root"]
+            change = change / (spread + stretch.numbers["eps"])
+        weight = torch.sigmoid(SHAPES[self.shape](change) * self.slope)
+        stretch.direction = stretch.chosen * (weight * self.scale + self.offset)
+
+
+PRESETS: dict[str, tuple[str, float, float, float]] = {
+    "v0": ("abs", 1.0, 1.0, 0.0),
+    "v1": ("identity", 1.0, 1.0, 0.0),
+    "v2": ("abs", 9.0, 0.5, -4.0),
+    "v3": ("identity", 9.0, 0.5, -4.0),
+    "v4": ("abs", 10.0, 0.5, -5.0),
+    "v5": ("identity", 10.0, 0.5, -5.0),
+}

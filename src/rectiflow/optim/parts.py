@@ -1,0 +1,132 @@
+"""What an optimizer is chained of: parts that turn a gradient into a direction of travel.
+
+A part is written once, for a stretch of a flat buffer. The chain decides whether that stretch is a
+block that fits the cache, or the whole buffer inside one compiled kernel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rectiflow.optim.buckets import Bucket
+
+
+@dataclass(slots=True)
+class Stretch:
+    """A stretch of weights with all that belongs to them; 1-D tensors of one length.
+
+    Attributes:
+        param: the weights before the step, in float32 at least.
+        raw: the gradient as autograd left it.
+        gradient: the gradient for the direction rule; rectifiers of gradients change it.
+        momentum_gradient: what enters first moments; the gradient unless a rectifier says else.
+        direction: the direction of travel, once the rule has spoken: the step is `-lr` times it.
+        state: buffers of the parts by name, changed in place.
+        numbers: the group's settings and what depends on the step, by name.
+    """
+
+    param: Tensor
+    raw: Tensor
+    gradient: Tensor
+    momentum_gradient: Tensor | None
+    direction: Tensor | None
+    state: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, param: Tensor, raw: Tensor, state: dict[str, Tensor], numbers: dict[str, Any]
+    ) -> Stretch:
+        """A stretch as a step begins."""
+        gradient = -raw if numbers.get("up") else raw
+        return cls(param, raw, gradient, None, None, state, numbers)
+
+    @property
+    def averaged(self) -> Tensor:
+        """What enters first moments."""
+        return self.gradient if self.momentum_gradient is None else self.momentum_gradient
+
+    @property
+    def chosen(self) -> Tensor:
+        """The direction so far; the gradient before the rule has spoken."""
+        return self.gradient if self.direction is None else self.direction
+
+
+@dataclass(slots=True)
+class Whole(Stretch):
+    """All weights of one kind in a group: what parts see that need whole tensors.
+
+    Attributes:
+        bucket: where each weight lies; `bucket.views` has their shapes.
+        indices: numbers of the weights that take part; what lies at others is not used.
+    """
+
+    bucket: Bucket
+    indices: Sequence[int]
+
+    def cut(self, place: slice) -> Stretch:
+        """A stretch of it, without copies."""
+        average, direction = self.momentum_gradient, self.direction
+        return Stretch(
+            self.param[place],
+            self.raw[place],
+            self.gradient[place],
+            None if average is None else average[place],
+            None if direction is None else direction[place],
+            {name: buffer[place] for name, buffer in self.state.items()},
+            self.numbers,
+        )
+
+
+class Part(ABC):
+    """One link of a chain.
+
+    Attributes:
+        slots: names of its buffers, one number a weight, zero at first.
+        on: "gradient" for rectifiers in front of the direction rule, "direction" for those behind
+            it and for the rule itself.
+        whole: whether it needs whole tensors, and so `apply` gets a `Whole`.
+        surveys: whether it looks at all gradients before any weight moves.
+    """
+
+    slots: tuple[str, ...] = ()
+    on: ClassVar[str] = "direction"
+    whole: ClassVar[bool] = False
+    surveys: ClassVar[bool] = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings that parameter groups may change."""
+        return {}
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for settings that cannot be."""
+        return
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, float]:
+        """What the part needs to know of the group at a step, counted from 1."""
+        return {}
+
+    def survey(
+        self, groups: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
+    ) -> Iterable[dict[str, Tensor]]:
+        """Numbers that depend on all gradients: one dictionary a group, of 0-dim tensors.
+
+        Args:
+            groups: each group with its gradients.
+        """
+        return [{} for _ in groups]
+
+    @abstractmethod
+    def apply(self, stretch: Any) -> None:
+        """Change the gradient or the direction of a stretch, and the part's own state."""
+
+
+class Direction(Part):
+    """A rule that makes a direction of a gradient."""
