@@ -87,7 +87,7 @@ class DiffGrad(Loop):
 
 def project(weight, raw, direction, delta, wd_ratio, eps):
     """The official order of views: channels, then the whole tensor."""
-    if weight.ndim < 2:
+    if weight.ndim < 2 or not weight.numel():
         return direction, 1.0
     for rows in (weight.shape[0], 1):
         w, g, d = (x.reshape(rows, -1) for x in (weight, raw, direction))

@@ -129,13 +129,13 @@ def clip_coordinates_(
     grads = [p.grad for p in listed if p.grad is not None]
     if not grads:
         return torch.zeros(())
+    if not bool(torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().all()):
+        raise ValueError("gradients are not finite: skip this step, or clip nothing")
     if scope == "tensor":
         found = torch.stack([_threshold([grad], fraction) for grad in grads])
     else:
         found = _threshold(grads, fraction)
     found = found * threshold_scale
-    if not bool(found.isfinite().all()):
-        raise ValueError("gradients are not finite: skip this step, or clip nothing")
     for grad, tau in zip(grads, found.expand(len(grads)).unbind()):
         if fraction:
             torch.clamp(grad, -tau, tau, out=grad)
@@ -158,7 +158,8 @@ class ClipCoordinates(Part):
 
     Args:
         fraction: share of the coordinates to clip, in [0, 1); 0 clips nothing.
-        scope: over what the threshold is taken: "global" (all weights), "group" or "tensor".
+        scope: over what the threshold is taken: "global" (all weights; not for updates), "group"
+            or "tensor".
         where: "gradient"; "momentum" (first moments see the clipped gradient, second moments the
             whole one: the paper's Adam); or "update" (the direction).
         threshold_scale: factor on the threshold.
@@ -182,7 +183,7 @@ class ClipCoordinates(Part):
         if self.where not in PLACES:
             raise unknown("place of clipping", self.where, PLACES)
         if self.where == "update" and self.scope == "global":
-            object.__setattr__(self, "scope", "group")
+            raise ValueError("updates are made group by group: clip them with scope='group'")
         positive("threshold_scale", self.threshold_scale)
 
     @property

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
+from rectiflow.optim.buckets import working_dtype
 from rectiflow.optim.chain import ChainedOptimizer, Params
 from rectiflow.optim.curvature import hutchinson
 from rectiflow.optim.directions import check_betas
 from rectiflow.optim.parts import Direction, Stretch
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +222,7 @@ class SophiaG(_SophiaOptimizer):
             draws += count
             for place, grad in enumerate(found):
                 if grad is not None:
-                    grad = grad.detach().float() * count
+                    grad = wide(grad.detach()) * count
                     known = total[place]
                     total[place] = grad if known is None else known.add_(grad)
         draws = _summed(total, draws)
@@ -301,7 +303,9 @@ class SophiaH(_SophiaOptimizer):
         if not closures:
             raise ValueError("refresh needs a closure for each micro-batch, got none")
         params = self._trained()
-        total: list[Tensor | None] = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        total: list[Tensor | None] = [
+            torch.zeros_like(p, dtype=working_dtype(p.dtype)) for p in params
+        ]
         for closure in closures:
             with torch.enable_grad():
                 found = hutchinson(

@@ -1,0 +1,156 @@
+"""Clipping at a quantile: the exact threshold, what it leaves alone, Adam's moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rectiflow.optim import Adam, ClipCoordinates, CoordinateClipped, chain, clip_coordinates_
+from rectiflow.optim.coordinate_clipping import SAMPLE, top_threshold
+from rectiflow.optim.directions import Momentum
+
+
+def draw(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def given(values: list[torch.Tensor]) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.zeros_like(v)) for v in values]
+    for p, v in zip(params, values):
+        p.grad = v.clone()
+    return params
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37, 0.5, 0.99])
+def test_invariant_1_so_many_are_clipped_and_no_other_touched(fraction) -> None:
+    values = [draw(40, 7), draw(11, seed=1), draw(2, 3, 4, seed=2)]
+    params = given(values)
+    tau = clip_coordinates_(params, fraction)
+    changed = 0
+    for p, v in zip(params, values):
+        inside = v.abs() <= tau
+        assert torch.equal(p.grad[inside], v[inside])
+        assert (p.grad.abs() <= tau).all() or not fraction
+        assert torch.equal(p.grad.sign(), v.sign())
+        changed += int((p.grad != v).sum())
+    assert changed == int(fraction * sum(v.numel() for v in values))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "mostly zero", "sorted"])
+def test_the_threshold_is_exact_for_many_numbers(fraction, kind) -> None:
+    values = draw(5 * SAMPLE).float()
+    values = {
+        "normal": values,
+        "heavy": values / draw(5 * SAMPLE, seed=1).float(),
+        "mostly zero": values * (torch.arange(5 * SAMPLE) % 20 == 0),
+        "sorted": values.sort().values,
+    }[kind]
+    ordered = values.abs().sort(descending=True).values
+    found = top_threshold([values[:99], values[99:].view(-1, 1)], fraction)
+    assert torch.equal(found, ordered[int(fraction * len(values))])
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_invariant_2_nothing_clipped_is_the_base(base) -> None:
+    a, b = (nn.Parameter(draw(6, 5)) for _ in range(2))
+    ours = CoordinateClipped([a], base, lr=0.02, fraction=0.0)
+    theirs = {
+        "sgd": lambda: torch.optim.SGD([b], lr=0.02, momentum=0.9),
+        "adam": lambda: torch.optim.Adam([b], lr=0.02),
+    }[base]()
+    for seed in range(10):
+        a.grad, b.grad = draw(6, 5, seed=seed), draw(6, 5, seed=seed)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_invariant_2_clipping_scales_with_the_gradient() -> None:
+    values = [draw(30), draw(8, seed=1)]
+    small, large = given(values), given([64 * v for v in values])
+    clip_coordinates_(small, 0.2)
+    clip_coordinates_(large, 0.2)
+    assert all(torch.equal(64 * p.grad, q.grad) for p, q in zip(small, large))
+
+
+def test_invariant_3_partition_and_order_do_not_matter() -> None:
+    values = draw(1000)
+    parts = [values[700:], values[:300].view(20, 15), values[300:700]]
+    assert torch.equal(top_threshold([values], 0.13), top_threshold(parts, 0.13))
+
+
+def test_invariant_6_second_moments_see_the_whole_gradient() -> None:
+    a, b = (nn.Parameter(draw(50)) for _ in range(2))
+    ours, adam = CoordinateClipped([a], "adam", lr=0.01), torch.optim.Adam([b], lr=0.01)
+    for seed in range(5):
+        a.grad, b.grad = draw(50, seed=seed), draw(50, seed=seed)
+        ours.step()
+        adam.step()
+    torch.testing.assert_close(
+        ours.state[a]["exp_avg_sq"], adam.state[b]["exp_avg_sq"], rtol=1e-12, atol=0
+    )
+    assert not torch.allclose(ours.state[a]["exp_avg"], adam.state[b]["exp_avg"], rtol=1e-3)
+
+
+def test_scopes_and_places() -> None:
+    values = [draw(40), 100 * draw(40, seed=1)]
+
+    def changed(scope: str, where: str = "gradient") -> list[int]:
+        params = given(values)
+        groups = [{"params": [p]} for p in params] if scope == "group" else params
+        clip = ClipCoordinates(0.25, scope, where)
+        chain(clip, Momentum(0.0))(groups, lr=1.0).step()
+        return [int(((p + v).abs() > 1e-12).sum()) for p, v in zip(params, values)]
+
+    assert changed("global") == [0, 20]
+    assert changed("group") == changed("tensor") == [10, 10]
+    assert changed("tensor", "update") == [10, 10]
+    assert changed("group", "update") == [10, 10]
+    by_tensor = given(values)
+    clip_coordinates_(by_tensor, 0.25, scope="tensor")
+    assert [int((p.grad != v).sum()) for p, v in zip(by_tensor, values)] == [10, 10]
+
+
+def test_clipped_updates_are_clipped_adam_steps() -> None:
+    p = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    q = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    ours = chain(Adam(), ClipCoordinates(0.3, "group", "update"))([p], lr=1.0)
+    adam = torch.optim.Adam([q], lr=1.0)
+    for seed in range(3):
+        before, other = p.detach().clone(), q.detach().clone()
+        p.grad, q.grad = draw(20, seed=seed), draw(20, seed=seed)
+        ours.step()
+        adam.step()
+        update = q.detach() - other
+        tau = update.abs().sort(descending=True).values[6]
+        torch.testing.assert_close(p - before, update.clamp(-tau, tau), rtol=1e-12, atol=1e-14)
+
+
+def test_invariant_8_zeros_and_numbers_that_are_none() -> None:
+    rare = torch.zeros(100, dtype=torch.float64)
+    rare[:4] = torch.tensor([1.0, -2.0, 3.0, 9.0], dtype=torch.float64)
+    params = given([rare])
+    # A tenth of all is more than there is: a tenth of what is not zero is none of four.
+    assert float(clip_coordinates_(params, 0.1)) == 9.0
+    assert torch.equal(params[0].grad, rare)
+    params = given([torch.zeros(9, dtype=torch.float64)])
+    assert float(clip_coordinates_(params, 0.1)) == 0.0
+    for bad in (float("nan"), float("inf")):
+        params = given([torch.tensor([1.0, bad, 2.0])])
+        with pytest.raises(ValueError, match="gradients are not finite"):
+            clip_coordinates_(params, 0.1)
+
+
+def test_bad_settings_are_refused() -> None:
+    params = given([draw(3)])
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="clipped fraction must be in"):
+            clip_coordinates_(params, fraction)
+        with pytest.raises(ValueError, match="clipped fraction must be in"):
+            ClipCoordinates(fraction)
+    with pytest.raises(ValueError, match="unknown scope 'layer'"):
+        ClipCoordinates(scope="layer")
+    with pytest.raises(ValueError, match="unknown base optimizer 'adamw'"):
+        CoordinateClipped(params, "adamw")
