@@ -23,7 +23,7 @@ from rectiflow.optim.buckets import BLOCK, Bucket
 
 
 def draw(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_parts_are_applied_in_the_documented_order() -> None:

@@ -12,7 +12,7 @@ from rectiflow.optim.directions import Momentum
 
 
 def draw(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def given(values: list[torch.Tensor]) -> list[nn.Parameter]:
@@ -101,7 +101,7 @@ def test_scopes_and_places() -> None:
         params = given(values)
         groups = [{"params": [p]} for p in params] if scope == "group" else params
         clip = ClipCoordinates(0.25, scope, where)
-        chain(clip, Momentum(0.0))(groups, lr=1.0).step()
+        chain(Momentum(0.0), clip)(groups, lr=1.0).step()
         return [int(((p + v).abs() > 1e-12).sum()) for p, v in zip(params, values)]
 
     assert changed("global") == [0, 20]

@@ -20,7 +20,7 @@ from rectiflow.optim import (
 
 
 def draw(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def sophia(p, **options) -> SophiaG:

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "adagrad_norm": ("AdagradNorm",),
-        "chain": ("ChainedOptimizer", "chain"),
+        "chained": ("ChainedOptimizer", "chain"),
         "coordinate_clipping": ("ClipCoordinates", "clip_coordinates_", "top_threshold"),
         "curvature": (
             "hutchinson",

@@ -62,4 +62,4 @@ class AdagradNorm(Direction):
 
     def apply(self, stretch: Stretch) -> None:
         total = stretch.numbers["norm_so_far"].to(stretch.gradient)
-        stretch.direction = stretch.averaged / (total + stretch.numbers["eps"])
+        stretch.direction = stretch.momentum_gradient / (total + stretch.numbers["eps"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive, unknown
-from rectiflow.optim.parts import Part, Stretch, Whole
+from rectiflow.optim.parts import Part, Stretch, Whole, replace_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -224,11 +224,11 @@ class ClipCoordinates(Part):
         if self.where == "momentum":
             stretch.momentum_gradient = clipped
         else:
-            stretch.gradient = clipped
+            replace_gradient(stretch, clipped)
 
     def _apply_whole(self, whole: Whole) -> None:
         """Clip by tensor, or the direction of all weights here."""
-        source = whole.chosen if self.where == "update" else whole.gradient
+        source = whole.direction if self.where == "update" else whole.gradient
         clipped = source.clone()
         spans = [whole.bucket.spans[index] for index in whole.indices]
         parts = [clipped[start:stop] for start, stop in spans if stop > start]
@@ -241,4 +241,4 @@ class ClipCoordinates(Part):
         elif self.where == "momentum":
             whole.momentum_gradient = clipped
         else:
-            whole.gradient = clipped
+            replace_gradient(whole, clipped)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rectiflow.errors import positive, unknown
-from rectiflow.optim.parts import Direction, Stretch
+from rectiflow.optim.parts import Direction, Stretch, approach
 
 
 def check_betas(betas: Any) -> None:
@@ -76,13 +76,13 @@ class Momentum(Direction):
 
     def apply(self, stretch: Stretch) -> None:
         if not self.momentum:
-            stretch.direction = stretch.averaged
+            stretch.direction = stretch.momentum_gradient
             return
         number, memory = stretch.numbers, stretch.state["momentum_buffer"]
-        memory.mul_(number["kept"]).add_(stretch.averaged * number["taken"])
+        memory.mul_(number["kept"]).add_(stretch.momentum_gradient * number["taken"])
         stretch.direction = memory
         if self.nesterov:
-            stretch.direction = stretch.averaged + memory * number["ahead"]
+            stretch.direction = stretch.momentum_gradient + memory * number["ahead"]
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ class Adam(Direction):
     def apply(self, stretch: Stretch) -> None:
         number, state = stretch.numbers, stretch.state
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(stretch.averaged, number["first"])
-        square.lerp_(stretch.gradient.square(), number["second"])
+        approach(mean, stretch.momentum_gradient, number["first"])
+        approach(square, stretch.gradient.square(), number["second"])
         if self.amsgrad:
             square = torch.maximum(state["max_exp_avg_sq"], square, out=state["max_exp_avg_sq"])
         travel = mean
         if self.nesterov:
-            travel = mean.lerp(stretch.averaged, number["first"])
+            travel = mean + (stretch.momentum_gradient - mean) * number["first"]
         if self.eps_mode == "corrected":
             scale = square.sqrt().div_(number["second_root"]).add_(number["eps"])
         else:
@@ -207,7 +207,7 @@ class Adagrad(Direction):
     def apply(self, stretch: Stretch) -> None:
         total = stretch.state["sum"]
         total.add_(stretch.gradient.square() + stretch.numbers["begin"])
-        stretch.direction = stretch.averaged / total.sqrt().add_(stretch.numbers["eps"])
+        stretch.direction = stretch.momentum_gradient / total.sqrt().add_(stretch.numbers["eps"])
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Lion(Direction):
         return {"first": 1 - first, "second": 1 - second}
 
     def apply(self, stretch: Stretch) -> None:
-        memory, new = stretch.state["exp_avg"], stretch.averaged
-        mixed = memory.lerp(new, stretch.numbers["first"])
-        memory.lerp_(new, stretch.numbers["second"])
+        memory, new = stretch.state["exp_avg"], stretch.momentum_gradient
+        mixed = memory + (new - memory) * stretch.numbers["first"]
+        approach(memory, new, stretch.numbers["second"])
         stretch.direction = mixed.sign_()

@@ -94,7 +94,7 @@ class Friction(Part):
             spread = stretch.state["exp_avg_sq"].sqrt() / stretch.numbers["change_root"]
             change = change / (spread + stretch.numbers["eps"])
         weight = torch.sigmoid(SHAPES[self.shape](change) * self.slope)
-        stretch.direction = stretch.chosen * (weight * self.scale + self.offset)
+        stretch.direction = stretch.direction * (weight * self.scale + self.offset)
 
 
 PRESETS: dict[str, tuple[str, float, float, float]] = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rectiflow.errors import unknown
 from rectiflow.optim.adagrad_norm import AdagradNorm
-from rectiflow.optim.chain import ChainedOptimizer, Params
+from rectiflow.optim.chained import ChainedOptimizer, Params
 from rectiflow.optim.coordinate_clipping import ClipCoordinates
 from rectiflow.optim.directions import Adagrad, Adam, Lion, Momentum
 from rectiflow.optim.friction import Friction

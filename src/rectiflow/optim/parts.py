@@ -26,7 +26,8 @@ class Stretch:
         raw: the gradient as autograd left it.
         gradient: the gradient for the direction rule; rectifiers of gradients change it.
         momentum_gradient: what enters first moments; the gradient unless a rectifier says else.
-        direction: the direction of travel, once the rule has spoken: the step is `-lr` times it.
+        direction: the direction of travel: the step is `-lr` times it. The gradient, before the
+            direction rule has spoken.
         state: buffers of the parts by name, changed in place.
         numbers: the group's settings and what depends on the step, by name.
     """
@@ -34,8 +35,8 @@ class Stretch:
     param: Tensor
     raw: Tensor
     gradient: Tensor
-    momentum_gradient: Tensor | None
-    direction: Tensor | None
+    momentum_gradient: Tensor
+    direction: Tensor
     state: dict[str, Tensor]
     numbers: dict[str, Any]
 
@@ -45,17 +46,7 @@ class Stretch:
     ) -> Stretch:
         """A stretch as a step begins."""
         gradient = -raw if numbers.get("up") else raw
-        return cls(param, raw, gradient, None, None, state, numbers)
-
-    @property
-    def averaged(self) -> Tensor:
-        """What enters first moments."""
-        return self.gradient if self.momentum_gradient is None else self.momentum_gradient
-
-    @property
-    def chosen(self) -> Tensor:
-        """The direction so far; the gradient before the rule has spoken."""
-        return self.gradient if self.direction is None else self.direction
+        return cls(param, raw, gradient, gradient, gradient, state, numbers)
 
 
 @dataclass(slots=True)
@@ -72,13 +63,12 @@ class Whole(Stretch):
 
     def cut(self, place: slice) -> Stretch:
         """A stretch of it, without copies."""
-        average, direction = self.momentum_gradient, self.direction
         return Stretch(
             self.param[place],
             self.raw[place],
             self.gradient[place],
-            None if average is None else average[place],
-            None if direction is None else direction[place],
+            self.momentum_gradient[place],
+            self.direction[place],
             {name: buffer[place] for name, buffer in self.state.items()},
             self.numbers,
         )
@@ -130,3 +120,23 @@ class Part(ABC):
 
 class Direction(Part):
     """A rule that makes a direction of a gradient."""
+
+
+def approach(buffer: Tensor, goal: Tensor, share: Any) -> None:
+    """Move a buffer in place toward a goal: `buffer + share (goal - buffer)`.
+
+    Args:
+        buffer: what moves.
+        goal: where to.
+        share: a number, or inside a kernel a tensor of one element, for which `lerp_` would not
+            be traced.
+    """
+    if isinstance(share, float):
+        buffer.lerp_(goal, share)
+    else:
+        buffer.add_((goal - buffer) * share)
+
+
+def replace_gradient(stretch: Stretch, gradient: Tensor) -> None:
+    """Give a stretch another gradient, for both moments."""
+    stretch.gradient = stretch.momentum_gradient = stretch.direction = gradient

@@ -76,7 +76,6 @@ class RadialProjection(Part):
 
     def apply(self, whole: Whole) -> None:
         number, bucket = whole.numbers, whole.bucket
-        assert whole.direction is not None
         shares: list[Tensor | None] = []
         for index in whole.indices:
             view, (start, stop) = bucket.views[index], bucket.spans[index]

@@ -10,10 +10,10 @@ import torch
 
 from rectiflow.errors import positive
 from rectiflow.optim.buckets import working_dtype
-from rectiflow.optim.chain import ChainedOptimizer, Params
+from rectiflow.optim.chained import ChainedOptimizer, Params
 from rectiflow.optim.curvature import hutchinson
 from rectiflow.optim.directions import check_betas
-from rectiflow.optim.parts import Direction, Stretch
+from rectiflow.optim.parts import Direction, Stretch, approach
 from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Sophia(Direction):
 
     def apply(self, stretch: Stretch) -> None:
         mean = stretch.state["exp_avg"]
-        mean.lerp_(stretch.averaged, stretch.numbers["first"])
+        approach(mean, stretch.momentum_gradient, stretch.numbers["first"])
         curvature = stretch.state["hessian"] * stretch.numbers["gamma"]
         stretch.direction = (mean / curvature.clamp_(min=stretch.numbers["eps"])).clamp_(-1, 1)
 

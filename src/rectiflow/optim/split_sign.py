@@ -78,6 +78,6 @@ class SplitSign(Direction):
 
     def apply(self, stretch: Stretch) -> None:
         number, memory = stretch.numbers, stretch.state["momentum_buffer"]
-        memory.mul_(number["kept"]).add_(stretch.averaged * number["taken"])
+        memory.mul_(number["kept"]).add_(stretch.momentum_gradient * number["taken"])
         apart = stretch.gradient.abs() > number["split_above"].to(stretch.gradient)
         stretch.direction = torch.where(apart, memory.sign() * number["sign_ratio"], memory)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.optim.parts import Part, Stretch, Whole
+from rectiflow.optim.parts import Part, Stretch, Whole, replace_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,9 @@ class ClipNorm(Part):
         return [{"norm_factor": factor} for _ in groups]
 
     def apply(self, stretch: Stretch) -> None:
-        stretch.gradient = stretch.gradient * stretch.numbers["norm_factor"].to(stretch.gradient)
+        replace_gradient(
+            stretch, stretch.gradient * stretch.numbers["norm_factor"].to(stretch.gradient)
+        )
 
 
 @dataclass(frozen=True)
@@ -69,4 +71,4 @@ class CentreGradients(Part):
                 # Rows of the first dimension lie in one piece each.
                 rows = centred[start:stop].view(view.shape[0], -1)
                 rows.sub_(rows.mean(1, keepdim=True))
-        whole.gradient = centred
+        replace_gradient(whole, centred)

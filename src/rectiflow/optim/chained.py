@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from rectiflow.errors import positive
 from rectiflow.optim.buckets import Block, Bucket, working_dtype
-from rectiflow.optim.parts import Direction, Part, Stretch, Whole
+from rectiflow.optim.parts import Direction, Part, Stretch, Whole, replace_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +209,15 @@ class ChainedOptimizer(torch.optim.Optimizer):
             raw[start:stop] = flat
         begun = Stretch.of(bucket.flat.to(bucket.dtype), raw, bucket.state, numbers)
         whole = Whole(
-            begun.param, raw, begun.gradient, None, None, bucket.state, numbers, bucket, indices
+            begun.param,
+            raw,
+            begun.gradient,
+            begun.gradient,
+            begun.gradient,
+            bucket.state,
+            numbers,
+            bucket,
+            indices,
         )
         blocks = bucket.blocks(indices)
         for part in self.parts:
@@ -228,11 +236,12 @@ class ChainedOptimizer(torch.optim.Optimizer):
         up = numbers.pop("up")
         fixed = {name: value for name, value in numbers.items() if not torch.is_tensor(value)}
         found = {name: value for name, value in numbers.items() if torch.is_tensor(value)}
-        # As tensors: plain numbers would be compiled into the kernel, anew at every step.
-        values = torch.tensor(list(fixed.values()), dtype=bucket.dtype)
+        # As tensors: plain numbers would be compiled into the kernel, anew at every step. Of one
+        # element each, since for a 0-dim one the compiler would ask what it is.
+        values = torch.tensor(list(fixed.values()), dtype=bucket.dtype, device=bucket.device)
         raw = bucket.gathered([flats[index] for index in range(len(bucket.params))])
         self._kernel((*fixed, *found), up)(
-            bucket.flat, raw, bucket.state, [*values.unbind(), *found.values()]
+            bucket.flat, raw, bucket.state, [*values.split(1), *found.values()]
         )
 
     def _kernel(self, names: tuple[str, ...], up: bool) -> Callable[..., None]:
@@ -250,7 +259,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
                 for part in parts:
                     part.apply(stretch)
                 kept = stretch.param * (1 - numbers["decay"])
-                flat.copy_(kept - stretch.chosen * numbers["lr"])
+                flat.copy_(kept - stretch.direction * numbers["lr"])
 
             # Of any length: else each group would be compiled for itself.
             self._kernels[key] = torch.compile(kernel, fullgraph=True, dynamic=True)
@@ -341,30 +350,29 @@ def move(stretch: Stretch, target: Tensor) -> None:
     param, numbers = stretch.param, stretch.numbers
     if numbers["decay"]:
         param.mul_(1 - numbers["decay"])
-    param.sub_(stretch.chosen, alpha=numbers["lr"])
+    param.sub_(stretch.direction, alpha=numbers["lr"])
     if param.dtype != target.dtype:
         target.copy_(param)
 
 
 def _over_blocks(part: Part, whole: Whole, blocks: Sequence[Block]) -> None:
     """Apply a part to blocks of whole buffers."""
-    gradient, momentum, direction = whole.gradient, whole.momentum_gradient, whole.direction
+    names = ("gradient", "momentum_gradient", "direction")
+    made: dict[str, Tensor] = {}
     for block in blocks:
         place = slice(block.start, block.stop)
         stretch = whole.cut(place)
-        given = stretch.gradient
+        given = {name: getattr(stretch, name) for name in names}
         part.apply(stretch)
-        if stretch.gradient is not given:
-            # The raw gradient stays as it was.
-            gradient = torch.empty_like(whole.raw) if gradient is whole.raw else gradient
-            gradient[place] = stretch.gradient
-        if stretch.momentum_gradient is not None:
-            momentum = torch.empty_like(whole.raw) if momentum is None else momentum
-            momentum[place] = stretch.momentum_gradient
-        if stretch.direction is not None:
-            direction = torch.empty_like(whole.raw) if direction is None else direction
-            direction[place] = stretch.direction
-    whole.gradient, whole.momentum_gradient, whole.direction = gradient, momentum, direction
+        for name in names:
+            value = getattr(stretch, name)
+            if value is not given[name]:
+                # What was there before, the raw gradient too, stays as it was.
+                if name not in made:
+                    made[name] = torch.empty_like(whole.raw)
+                made[name][place] = value
+    for name, value in made.items():
+        setattr(whole, name, value)
 
 
 @dataclass(frozen=True)
@@ -375,9 +383,11 @@ class _CoupledDecay(Part):
 
     def apply(self, stretch: Stretch) -> None:
         added = stretch.param * stretch.numbers["coupled"]
-        stretch.gradient = stretch.gradient + added
-        if stretch.momentum_gradient is not None:
-            stretch.momentum_gradient = stretch.momentum_gradient + added
+        average = stretch.momentum_gradient
+        same = average is stretch.gradient
+        replace_gradient(stretch, stretch.gradient + added)
+        if not same:
+            stretch.momentum_gradient = average + added
 
 
 def _ordered(parts: Sequence[Part], *, decoupled: bool) -> tuple[Part, ...]:
