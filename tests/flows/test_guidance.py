@@ -93,8 +93,7 @@ def test_rescaling_is_that_of_diffusers_on_what_the_network_predicts(prediction,
     conditional, null = net(x, t, label=LABEL), net(x, t, label=torch.full_like(LABEL, 7))
     wanted = rescale_noise_cfg(torch.lerp(null, conditional, 6.0), conditional, 0.7)
     wanted = model.path.convert(wanted, x, t, given=prediction, wanted="velocity")
-    # The spread is taken in single precision.
-    torch.testing.assert_close(guided.velocity(x, t, label=LABEL), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(guided.velocity(x, t, label=LABEL), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_whole_rescaling_keeps_the_spread_and_leaves_rows_outside_alone():

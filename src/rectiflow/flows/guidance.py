@@ -21,6 +21,7 @@ from rectiflow.flows.guided import (
     surely_none,
     toward,
 )
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from rectiflow.flows.fields import Field
@@ -103,7 +104,7 @@ class ClassifierFreeGuidance(AgainstNull):
         said, wanted = (
             self.path.convert(one, x, t, given=given, wanted=own) for one in (guided, conditional)
         )
-        spreads = [one.float().flatten(1).std(1) for one in (wanted, said)]
+        spreads = [wide(one).flatten(1).std(1) for one in (wanted, said)]
         factor = torch.lerp(torch.ones_like(t), (spreads[0] / spreads[1]).to(t.dtype), self.rescale)
         return self.path.convert(
             said * rows_of(factor, said).to(said.dtype), x, t, given=own, wanted=given
