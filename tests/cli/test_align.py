@@ -57,7 +57,7 @@ def test_files_numbers_and_lineage(models, tmp_path, capsys) -> None:
 
 def test_labels_mixture_held_out_reward_and_reinforce(models, tmp_path) -> None:
     words = [models["labelled"], "--reward", "classifier:+1", "0.1*brightness:0"]
-    words += ["--guidance", "2", "--early-stop-reward", "compressibility"]
+    words += ["--guidance", "cfg:2,stop=0.9", "--early-stop-reward", "compressibility"]
     words += ["--early-stop-every", "2", "--drift", "0.01", "--target", "0"]
     model = aligned(words, tmp_path / "a")
     record = json.loads((tmp_path / "a/align.json").read_text())

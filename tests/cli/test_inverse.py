@@ -163,3 +163,15 @@ def test_samples_are_steered_to_a_picture_and_to_a_class(folder, tmp_path):
 def test_bad_words_of_steering(folder, words, said, capsys):
     command = ["sample", str(folder / "run/model"), *SHORT, "--steer", words]
     assert said in fails([*command, "--out", str(folder / "never.npy")], capsys)
+
+
+def test_guidance_needs_a_class_to_guide_toward(folder, tmp_path, capsys):
+    words = ["train", "--net", "mlp-2d", "--conditional", "--steps", "2", "--batch-size", "8"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    words = ["inverse", str(tmp_path / "run/model"), *SHORT, "--count", "1", "--guidance", "2"]
+    assert "--guidance needs a --label" in fails([*words, "--out", str(tmp_path / "a")], capsys)
+    plain = [*words[:-2], "--label", "3", "--out", str(tmp_path / "b")]
+    assert main(plain) == 0
+    assert main([*words, "--label", "3", "--out", str(tmp_path / "c")]) == 0
+    b, c = (np.load(tmp_path / name / "restored.npy") for name in ("b", "c"))
+    assert np.abs(b - c).max() > 1e-4

@@ -14,6 +14,7 @@ from tests.stirring import stirred
 
 from rectiflow.cli import main
 from rectiflow.flows import FlowModel
+from rectiflow.guidance import edit_region
 from rectiflow.images import RFEdit, round_trip
 from rectiflow.nets import MMDiT
 
@@ -94,6 +95,36 @@ def test_edit_writes_before_after_and_numbers(folder: Path, tmp_path: Path) -> N
     assert Image.open(out).size == (35 * 8, 17 * 8)
 
 
+def test_a_region_is_edited_and_the_rest_kept(folder: Path, tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "keep.png")
+    out, files = tmp_path / "edit.png", (folder / "a.png", folder / "b.png")
+    words = ["--label", "0", "1", "3", "--mask", str(tmp_path / "keep.png"), "--steps", "20"]
+    words += ["--source-steps", "0", "--step-size", "0.2", "--out", str(out), "--batch-size", "1"]
+    assert main(["edit", str(folder / "model"), *map(str, files), *words]) == 0
+    model, x = FlowModel.from_pretrained(folder / "model").eval(), pixels(*files)
+    generator = torch.Generator().manual_seed(0)
+    expected = edit_region(
+        model,
+        x,
+        torch.from_numpy(mask / 255).float()[None],
+        condition={"label": torch.tensor([3, 3])},
+        source={"label": torch.tensor([0, 0])},
+        source_steps=0,
+        steps=20,
+        step_size=0.2,
+        noise=torch.randn(2, 1, 8, 8, generator=generator),
+    )
+    found = json.loads(out.with_suffix(".json").read_text())
+    away = (expected.clamp(-1, 1) - x).square().flatten(1).mean(1).sqrt()
+    np.testing.assert_allclose(found["distance"][1], away, atol=2e-6)
+    assert found["columns"] == ["image", 1, 3]
+    whole = np.asarray(found["distance"])
+    assert (np.asarray(found["kept_error"]) < 0.7 * whole).all()
+    assert Image.open(out).size == (26 * 8, 17 * 8)
+
+
 def test_a_pipeline_is_edited_by_prompts(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "edit.png"
     words = ["--prompt", "a fox", "a door", "--steps", "2", "--inject", "1", "--out", str(out)]
@@ -103,6 +134,10 @@ def test_a_pipeline_is_edited_by_prompts(folder: Path, tmp_path: Path) -> None:
     # Equal steps under the shift of 3 of the pipeline's scheduler.
     assert found["times"] == [0, 0.25, 1]
     assert found["distance"][0][0] > 0
+    Image.fromarray(np.triu(np.full(SIZE, 255, np.uint8), 8)).save(tmp_path / "keep.png")
+    words += ["--mask", str(tmp_path / "keep.png"), "--overwrite"]
+    assert main(["edit", str(folder / "pipe"), str(folder / "photo.png"), *words]) == 0
+    assert json.loads(out.with_suffix(".json").read_text())["columns"] == ["image", "a door"]
     inverted = tmp_path / "back.png"
     words = ["--prompt", "a fox", "--steps", "2", "--out", str(inverted)]
     assert main(["invert", str(folder / "pipe"), str(folder / "photo.png"), *words]) == 0

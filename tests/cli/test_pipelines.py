@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.interop.pipelines import PROMPTS, noises, quiet, sd, shared, stock
@@ -13,7 +14,7 @@ from rectiflow.cli import main
 from rectiflow.flows import FlowModel, PairStore, sample
 from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.integration import integrate
-from rectiflow.interop.diffusers import encode_prompts, from_pipeline, with_prompts
+from rectiflow.interop.diffusers import decode_latents, encode_prompts, from_pipeline, with_prompts
 
 SHORT = ["--steps", "2", "--batch-size", "4", "--log-every", "1"]
 PAIRS = ["--count", "6", "--steps", "2", "--init", "analytic", "--no-check", "--device", "cpu"]
@@ -120,6 +121,41 @@ def test_two_copies_in_series(given, tmp_path) -> None:
     again = trained([*words, "--init", "analytic", "--student", str(tmp_path / "a/model")],
                     tmp_path / "b")  # fmt: skip
     assert again.net.mode == "residual"
+
+
+def test_a_negative_prompt_takes_the_place_of_none(given, tmp_path, capsys) -> None:
+    """The text goes into the table behind the prompts, and samples are guided away from it."""
+    words = ["sample", given["pipe"], "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    words += ["--count", "2", "--steps", "2", "--init", "analytic", "--device", "cpu"]
+    away = [*words, "--negative", "a green hat"]
+    out = tmp_path / "x.npy"
+    assert main([*away, "--guidance", "3", "--out", str(out)]) == 0
+    table = encode_prompts(shared("sd"), [*PROMPTS[:2], "a green hat"], cache=None)
+    model = with_prompts(from_pipeline(shared("sd"), init="analytic"), table)
+    guided = ClassifierFreeGuidance(model, 3.0, negative={"prompt": 2})
+    latents = sample(
+        model,
+        2,
+        steps=2,
+        field=guided,
+        generator=torch.Generator().manual_seed(0),
+        prompt=torch.tensor([0, 1]),
+    )
+    expected = decode_latents(shared("sd"), latents).detach()
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected, atol=1e-4, rtol=1e-4)
+    assert "give --guidance too" in fails([*away, "--out", str(tmp_path / "y.npy")], capsys)
+    words = ["sample", given["pipe"], "--negative", "a hat", "--guidance", "3"]
+    assert "--negative needs a --prompt" in fails([*words, "--out", "z.npy"], capsys)
+
+
+@pytest.mark.parametrize("command", ["sample", "inverse"])
+def test_long_prompts_are_cut_on_request_only(given, tmp_path, capsys, command) -> None:
+    long = "a fox jumping over a dog " * 3
+    words = [command, given["pipe"], "--prompt", long, "--count", "1", "--steps", "1"]
+    words += ["--out", str(tmp_path / "out"), "--init", "analytic"]
+    assert "pass --truncate to have it cut" in fails(words, capsys)
+    if command == "sample":
+        assert main([*words, "--truncate"]) == 0
 
 
 def test_pairs_of_other_prompts_guidance_or_weights_are_refused(given, tmp_path, capsys) -> None:

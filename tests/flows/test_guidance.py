@@ -81,6 +81,29 @@ def test_views_of_a_guided_field_agree(path, prediction):
         torch.testing.assert_close(view(x, t, label=LABEL), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("prediction, path", [("velocity", "rectified"), ("noise", "vp")])
+def test_rescaling_is_that_of_diffusers_on_what_the_network_predicts(prediction, path):
+    pytest.importorskip("diffusers")
+    from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+    net = Net()
+    model = FlowModel(net, build(path), prediction)
+    guided = ClassifierFreeGuidance(model, 6.0, rescale=0.7)
+    x, t = X.double(), T.double()
+    conditional, null = net(x, t, label=LABEL), net(x, t, label=torch.full_like(LABEL, 7))
+    wanted = rescale_noise_cfg(torch.lerp(null, conditional, 6.0), conditional, 0.7)
+    wanted = model.path.convert(wanted, x, t, given=prediction, wanted="velocity")
+    torch.testing.assert_close(guided.velocity(x, t, label=LABEL), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_whole_rescaling_keeps_the_spread_and_leaves_rows_outside_alone():
+    guided = ClassifierFreeGuidance(FlowModel(Net()), 6.0, rescale=1.0, stop=0.6)
+    found = guided.velocity(X, T, label=LABEL)
+    torch.testing.assert_close(found.std(1), said(LABEL).std(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[2], said(LABEL)[2])
+    assert not torch.allclose(found[0], said(LABEL)[0])
+
+
 def test_skipping_layers_pushes_away_from_the_weaker_net_between_two_times():
     net = Net()
     field = SkipLayers(FlowModel(net), [3, 4], scale=2.5, guidance=4.0, start=0.2, stop=0.8)

@@ -18,6 +18,7 @@ from rectiflow.guidance import APG, ClassifierFreeGuidance, parse_guidance
         ("cfg:4,start=.1,stop=.8", "cfg", {"scale": 4.0, "start": 0.1, "stop": 0.8}),
         ("cfg:2, negative=3", "cfg", {"scale": 2.0, "negative": {"label": 3}}),
         ("cfg:scale=4", "cfg", {"scale": 4.0}),
+        ("cfg:7,rescale=0.7", "cfg", {"scale": 7.0, "rescale": 0.7}),
         (
             "apg:7.5,eta=0,momentum=-0.5,norm=15",
             "apg",

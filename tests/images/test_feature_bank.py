@@ -187,6 +187,8 @@ def test_steps_and_evaluations_have_slots_of_their_own() -> None:
         assert len(bank) == 2 * 2 * 2 * len(bank.names)
         per = 2 * (16 + 1) * 16 * 4  # rows, image and label tokens, width, bytes
         assert bank.bytes == 2 * 2 * len(bank.names) * per
+        # Not views, which would keep the whole projections alive.
+        assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in bank._kept.values())
         bank.mode, bank.step = "replay", 2
         with pytest.raises(ValueError, match="same solver and the same number of steps"):
             model.velocity(x, T, **first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -11,6 +12,7 @@ import tyro
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.options import (
     OutputOptions,
+    check_guidance,
     choose_device,
     data_of,
     guided_by,
@@ -55,8 +57,9 @@ class Settings(OutputOptions, TrainerSettings):
     """Solver steps of a chain; what the model was made for by default."""
     solver: str | None = None
     """Solver of the chains (alignprop only); the model's own by default."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance inside the chain (conditional models only)."""
+    guidance: float | str | None = None
+    """Guidance inside the chain (conditional models only): a scale, cfg:4,stop=0.8 or
+    apg:7.5,eta=0,momentum=0."""
     lora_rank: int = 4
     """Rank of the adapters; 0 trains all weights."""
     lora_targets: tuple[str, ...] = ()
@@ -77,6 +80,8 @@ class Settings(OutputOptions, TrainerSettings):
     """Compute steps again going backward instead of keeping their activations."""
     prompt: tuple[str, ...] = ()
     """Prompts of a pipeline, or texts for the reward clip: one, or one a class."""
+    truncate: bool = False
+    """Cut prompts that are longer than a tokenizer takes."""
     pipeline: str | None = None
     """Where VAE and text encoders of a trained latent model are, if not where they were."""
     early_stop_reward: tuple[str, ...] = ()
@@ -99,6 +104,7 @@ class Settings(OutputOptions, TrainerSettings):
     def __post_init__(self) -> None:
         TrainerSettings.__post_init__(self)
         self.check_output()
+        check_guidance(self.guidance)
         if self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         for name in ("early_stop_every", "sampling_steps"):
@@ -154,7 +160,9 @@ class Subject:
         return x if self.decode is None else self.decode(x)
 
 
-def open_subject(source: str, prompts: Sequence[str], pipeline: str | None = None) -> Subject:
+def open_subject(
+    source: str, prompts: Sequence[str], pipeline: str | None = None, *, truncate: bool = False
+) -> Subject:
     """A model of images with its labels, or one of latents with prompts and decoder.
 
     Raises:
@@ -174,7 +182,7 @@ def open_subject(source: str, prompts: Sequence[str], pipeline: str | None = Non
         return Subject(opened.model, conditions, None, tuple(prompts))
     if not prompts:
         raise ValueError("a pipeline is aligned on prompts: give one or more by --prompt")
-    table = attach_prompts(opened, prompts)
+    table = attach_prompts(opened, prompts, truncate=truncate)
     opened.pipe.vae.requires_grad_(False)
     return Subject(opened.model, table, opened.images, tuple(prompts))
 
@@ -183,7 +191,9 @@ def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="align", summary=COMMANDS["align"].summary)
     with plain_warnings():
-        subject = open_subject(settings.model, settings.prompt, settings.pipeline)
+        subject = open_subject(
+            settings.model, settings.prompt, settings.pipeline, truncate=settings.truncate
+        )
         rewards = {"reward": _rewards(settings.reward, subject)}
         if settings.early_stop_reward:
             rewards["held-out reward"] = _rewards(settings.early_stop_reward, subject)
@@ -211,15 +221,15 @@ def _method(settings: Settings, subject: Subject, reward: Any) -> Any:
     """The method that the settings ask for."""
     from rectiflow.align import AlignProp, FieldDrift, RangePenalty, Reinforce, parse_truncation
 
-    scale = settings.guidance
-    if scale is not None and subject.conditions is None:
-        guided_by(subject.model, scale)  # refuses: there is nothing to guide away from
+    guidance = settings.guidance
+    if guidance is not None and subject.conditions is None:
+        guided_by(subject.model, guidance)  # refuses: there is nothing to guide away from
     shared: dict[str, Any] = {
         "steps": settings.sampling_steps,
         "rank": settings.lora_rank,
         "targets": settings.lora_targets or None,
         "conditions": subject.conditions,
-        "guided": None if scale is None else _guide(scale),
+        "guided": None if guidance is None else partial(guided_by, guidance=guidance),
         "decode": subject.decode,
         "seed": settings.seed,
         "checkpoint": settings.checkpoint,
@@ -237,12 +247,6 @@ def _method(settings: Settings, subject: Subject, reward: Any) -> Any:
         regularizers=[RangePenalty(settings.range_penalty), FieldDrift(settings.drift)],
         **shared,
     )
-
-
-def _guide(scale: float) -> Callable[[FlowModel], Any]:
-    from rectiflow.flows.guidance import ClassifierFreeGuidance
-
-    return lambda model: ClassifierFreeGuidance(model, scale)
 
 
 def _run(settings: Settings, subject: Subject, method: Any, rewards: Any, run: Run) -> None:

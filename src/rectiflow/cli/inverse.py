@@ -12,7 +12,7 @@ import tyro
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.inverse_tasks import cost_of, degradation_of, picture_of
 from rectiflow.cli.models import open_model
-from rectiflow.cli.options import counting, data_of
+from rectiflow.cli.options import check_guidance, counting, data_of, guided_by
 from rectiflow.cli.pictures import picture_shape, read_images
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
@@ -80,6 +80,12 @@ class Settings:
     """Class of a conditional model; the null class by default."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text for a model of a pipeline."""
+    negative: str | None = None
+    """Text to guide away from, for a model that takes prompts."""
+    truncate: bool = False
+    """Cut prompts that are longer than a tokenizer takes."""
+    guidance: float | str | None = None
+    """Guidance toward the label or prompt: a scale, cfg:4,stop=0.8 or apg:7.5,eta=0."""
     init: str = "native"
     """How a pipeline's diffusion network is read: native, analytic or reinterpret."""
     pipeline: str | None = None
@@ -99,6 +105,7 @@ class Settings:
         for name in ("count", "batch_size", "steps"):
             positive(name, getattr(self, name))
         positive("noise", self.noise, zero=True)
+        check_guidance(self.guidance, negative=self.negative)
         if self.measured and not self.image:
             raise ValueError("--measured needs --image: the degraded images")
         if self.measured and self.noise:
@@ -116,6 +123,8 @@ def main(words: Sequence[str]) -> int:
         settings.model,
         device=settings.device,
         prompt=settings.prompt,
+        negative=settings.negative,
+        truncate=settings.truncate,
         init=settings.init,
         pipeline=settings.pipeline,
     )
@@ -133,6 +142,7 @@ def main(words: Sequence[str]) -> int:
         "noise": settings.noise,
         "steps": settings.steps,
         "solver": settings.solver,
+        "guidance": settings.guidance,
         "steering": settings.steering.values(),
         "seed": settings.seed,
         "images": len(measured),
@@ -192,7 +202,12 @@ def _restore(
     source = draw_source(opened.model, count, generator=generator)
     condition = opened.condition(count, settings.label, generator)
     if settings.label is None and "label" in condition:
+        if settings.guidance is not None:
+            raise ValueError("--guidance needs a --label to guide toward")
         condition = {**condition, **opened.model.null_condition(**condition)}
+    guided = None
+    if settings.guidance is not None:
+        guided = guided_by(opened.model, settings.guidance, negative=opened.negative)
     found: list[list[Tensor]] = [[], []]
     done = 0
     for begin in range(0, count, settings.batch_size):
@@ -206,6 +221,7 @@ def _restore(
                 source=source[part],
                 steps=settings.steps,
                 solver=settings.solver,
+                field=guided,
                 correctors=chef,
                 generator=generator,
                 **condition_rows(condition, part, count),

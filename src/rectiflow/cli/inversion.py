@@ -29,6 +29,9 @@ class InversionOptions:
     """Crop, scale and convert images of another size or mode."""
     truncate: bool = False
     """Cut prompts that are longer than a tokenizer takes."""
+    pipeline: str | None = None
+    """Pipeline with VAE and text encoders of a trained model; the one it was made from by
+    default."""
     batch_size: int = 64
     """Images computed together."""
     overwrite: bool = False
@@ -81,7 +84,7 @@ def conditions(
     """
     import torch
 
-    from rectiflow.cli.models import attach_prompts, is_latent
+    from rectiflow.cli.models import attach_prompts
     from rectiflow.cli.options import labels_for
 
     if labels and prompts:
@@ -89,11 +92,7 @@ def conditions(
     for label in labels:
         labels_for(opened.model, 1, label, None)
     if prompts:
-        if is_latent(opened.model) and not truncate:
-            from rectiflow.interop.diffusers import check_prompts
-
-            check_prompts(opened.pipe, prompts)
-        attach_prompts(opened, prompts)
+        attach_prompts(opened, prompts, truncate=truncate)
     # An inversion follows the field as it is: guidance 1 where it is an input of the network.
     built_in = "guidance" in getattr(opened.model.net, "defaults", {})
 

@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> int:
     from rectiflow.training.runs import plain
 
     resolve(settings.solver)
-    opened = open_model(settings.model, device=settings.device)
+    opened = open_model(settings.model, device=settings.device, pipeline=settings.pipeline)
     images = read_images(settings.images, picture_shape(opened), fit=settings.fit)
     condition = conditions(
         opened,

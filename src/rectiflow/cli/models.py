@@ -29,12 +29,14 @@ class Opened:
         device: where it is.
         source: folder or name of the pipeline whose VAE and text encoders it needs, if any.
         prompts: the texts that `condition` hands out in turn.
+        negative: the condition to guide away from, where a text was given for it.
     """
 
     model: FlowModel
     device: Any
     source: str | None = None
     prompts: tuple[str, ...] = ()
+    negative: dict[str, Any] | None = None
 
     @cached_property
     def pipe(self) -> Any:
@@ -97,6 +99,8 @@ def open_model(
     *,
     device: str = "auto",
     prompt: Sequence[str] = (),
+    negative: str | None = None,
+    truncate: bool = False,
     init: str = "native",
     pipeline: str | None = None,
 ) -> Opened:
@@ -106,12 +110,14 @@ def open_model(
         spec: a folder that rectiflow or diffusers saved, or `owner/name` on the Hub.
         device: auto, cpu or cuda.
         prompt: texts for a model that takes prompts.
+        negative: a text to guide away from.
+        truncate: cut texts that are longer than a tokenizer takes.
         init: how a diffusion network of a pipeline is read, see `from_pipeline`.
         pipeline: where VAE and text encoders of a trained model are, if not where they were.
 
     Raises:
-        ValueError: an unknown class of pipeline, or prompts, an init or a pipeline for a model
-            that takes none.
+        ValueError: an unknown class of pipeline; prompts, an init or a pipeline for a model that
+            takes none; prompts that are too long; a negative one without others.
         FileNotFoundError: nothing of that name.
     """
     import torch
@@ -135,9 +141,14 @@ def open_model(
         if pipeline is not None and not is_latent(model):
             raise ValueError(f"--pipeline is for models of pipelines, and {spec} makes images")
         opened = Opened(model, place, pipeline or _origin(model))
+    if negative is not None and not prompt:
+        raise ValueError("--negative needs a --prompt to guide toward")
     if prompt:
+        texts = (*prompt, *(() if negative is None else (negative,)))
         with torch.no_grad():
-            attach_prompts(opened, prompt)
+            attach_prompts(opened, texts, truncate=truncate)
+        opened.prompts = tuple(prompt)
+        opened.negative = None if negative is None else {"prompt": len(prompt)}
     return opened
 
 
@@ -157,24 +168,26 @@ def read_pipeline(spec: str) -> Any:
     return open_pipeline(spec)
 
 
-def attach_prompts(opened: Opened, prompts: Sequence[str]) -> Any:
+def attach_prompts(opened: Opened, prompts: Sequence[str], *, truncate: bool = False) -> Any:
     """Encode prompts and give the model their table, which is returned.
 
     Raises:
-        ValueError: a model that takes no prompts.
+        ValueError: a model that takes no prompts, or prompts that are too long unless `truncate`.
     """
     if not is_latent(opened.model):
         takes = "class labels" if opened.model.conditional else "no condition"
         raise ValueError(f"prompts were given but the model takes {takes}")
-    from rectiflow.interop.diffusers import encode_prompts, with_prompts
+    from rectiflow.interop.diffusers import check_prompts, encode_prompts, with_prompts
 
+    if not truncate:
+        check_prompts(opened.pipe, prompts)
     table = encode_prompts(opened.pipe, prompts)
     opened.model = with_prompts(opened.model, table)
     opened.prompts = tuple(prompts)
     return table
 
 
-def condition_data(opened: Opened, prompts: Path | None) -> Any:
+def condition_data(opened: Opened, prompts: Path | None, *, truncate: bool = False) -> Any:
     """What pairs take their conditions from: prompts of a file, labels of the data, or nothing.
 
     Raises:
@@ -183,7 +196,7 @@ def condition_data(opened: Opened, prompts: Path | None) -> Any:
     if prompts is not None:
         from rectiflow.interop.diffusers import read_prompts
 
-        return attach_prompts(opened, read_prompts(prompts))
+        return attach_prompts(opened, read_prompts(prompts), truncate=truncate)
     if is_latent(opened.model) and opened.model.conditional:
         raise ValueError("the model takes prompts: give them by --prompts FILE, one a line")
     return data_of(opened.model) if opened.model.conditional else None

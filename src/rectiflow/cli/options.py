@@ -132,16 +132,25 @@ def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) 
     return {"label": torch.full((count,), label)}
 
 
-def check_guidance(guidance: float | str | None) -> None:
-    """Refuse words that say nothing about guidance."""
+def check_guidance(guidance: float | str | None, *, negative: str | None = None) -> None:
+    """Refuse words that say nothing about guidance, and a negative prompt without any."""
+    if negative is not None and guidance is None:
+        raise ValueError("--negative says what to guide away from: give --guidance too")
     if guidance is not None:
         from rectiflow.guidance.specs import parse_guidance
 
         parse_guidance(guidance)
 
 
-def guided_by(model: FlowModel, guidance: float | str) -> Any:
+def guided_by(
+    model: FlowModel, guidance: float | str, *, negative: dict[str, Any] | None = None
+) -> Any:
     """The model under the guidance of a scale or of words such as `apg:7.5,eta=0`.
+
+    Args:
+        model: a model that takes a condition.
+        guidance: the scale or the words.
+        negative: what to guide away from, where it is no label.
 
     Raises:
         ValueError: the model takes no condition, or a setting is out of its range.
@@ -160,8 +169,10 @@ def guided_by(model: FlowModel, guidance: float | str) -> Any:
             f"negative in --guidance must be a label from 0 to {classes - 1}, got "
             f"{unwanted['label']}"
             if classes
-            else "negative in --guidance is a label, and the model takes none: leave it out"
+            else "negative in --guidance is a label, and the model takes none: use --negative"
         )
+    if negative is not None:
+        spec.settings["negative"] = negative
     return spec.around(model)
 
 

@@ -43,6 +43,8 @@ class Settings:
     guidance, cfg:4,stop=0.8 or apg:7.5,eta=0,momentum=-0.5,norm=15."""
     prompts: Path | None = None
     """File of prompts, one a line, for models of pipelines; pairs take them in shuffled epochs."""
+    truncate: bool = False
+    """Cut prompts that are longer than a tokenizer takes."""
     init: str = "native"
     """How a pipeline's diffusion network is read: native or analytic."""
     pipeline: str | None = None
@@ -73,7 +75,7 @@ def main(words: Sequence[str]) -> int:
     opened = open_model(
         settings.model, device=settings.device, init=settings.init, pipeline=settings.pipeline
     )
-    conditions = condition_data(opened, settings.prompts)
+    conditions = condition_data(opened, settings.prompts, truncate=settings.truncate)
     model = opened.model
     guided = None if settings.guidance is None else guided_by(model, settings.guidance)
     with counting("pairs", settings.count, "pairs") as update:

@@ -35,6 +35,10 @@ class Settings:
     """Class of a conditional model; random classes by default."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text for a model of a pipeline, in turn where given several times; none by default."""
+    negative: str | None = None
+    """Text to guide away from, for a model that takes prompts."""
+    truncate: bool = False
+    """Cut prompts that are longer than a tokenizer takes."""
     init: str = "native"
     """How a pipeline's diffusion network is read: native, analytic or reinterpret."""
     pipeline: str | None = None
@@ -60,7 +64,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None:
                 positive(name, value)
-        check_guidance(self.guidance)
+        check_guidance(self.guidance, negative=self.negative)
 
 
 def main(words: Sequence[str]) -> int:
@@ -79,10 +83,14 @@ def main(words: Sequence[str]) -> int:
         settings.model,
         device=settings.device,
         prompt=settings.prompt,
+        negative=settings.negative,
+        truncate=settings.truncate,
         init=settings.init,
         pipeline=settings.pipeline,
     )
-    guided = None if settings.guidance is None else guided_by(opened.model, settings.guidance)
+    guided = None
+    if settings.guidance is not None:
+        guided = guided_by(opened.model, settings.guidance, negative=opened.negative)
     generator = torch.Generator().manual_seed(settings.seed)
     condition = opened.condition(settings.count, settings.label, generator)
     with counting("sample", settings.count, "images") as update:

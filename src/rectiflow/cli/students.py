@@ -46,6 +46,8 @@ class StudentOptions(OutputOptions, TrainerSettings):
     from."""
     prompts: Path | None = None
     """File of prompts, one a line, for teachers that are pipelines or models of them."""
+    truncate: bool = False
+    """Cut prompts that are longer than a tokenizer takes."""
     init: str = "native"
     """How training starts from a pipeline's diffusion network: native, analytic or reinterpret
     (the teacher is then read as analytic)."""
@@ -150,7 +152,7 @@ class StudentOptions(OutputOptions, TrainerSettings):
         stored = self.pairs is not None or not self.chosen.pairs
         if stored and not latent and self.prompts is None:
             return None
-        return condition_data(opened, self.prompts)
+        return condition_data(opened, self.prompts, truncate=self.truncate)
 
     def coupling(self, teacher: Any, guided: Any, conditions: Any) -> Any:
         """Stored pairs of this teacher, live ones, or its data."""

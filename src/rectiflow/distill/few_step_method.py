@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from rectiflow.flows.times import TimeSampler
     from rectiflow.training.method import Method
 
-    Build = Callable[[FlowModel, Coupling, "Choices"], Method]
-
 
 @dataclass(frozen=True)
 class Options:
@@ -74,7 +72,7 @@ class FewStepMethod:
     name: str
     command: str
     summary: str
-    build: Build
+    build: Callable[[FlowModel, Coupling, Choices], Method]
     systems: tuple[str, ...] = ("rectified-flow",)
     options: type[Options] = Options
     lineage: str = ""

@@ -7,11 +7,12 @@ from `Options`, whose fields become the flags `--NAME.FIELD`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rectiflow.distill.few_step_method import Build, Choices, FewStepMethod, Options
+from rectiflow.distill.few_step_method import Choices, FewStepMethod, Options
 from rectiflow.errors import positive, unknown
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class MatchingOptions(Options):
     """Steps before the generator's first."""
 
 
-def _on_pairs(module: str, name: str) -> Build:
+def _on_pairs(module: str, name: str) -> Callable[[FlowModel, Coupling, Choices], Method]:
     """Builds a method that regresses on pairs and has no settings of its own."""
 
     def build(teacher: FlowModel, coupling: Coupling, choices: Choices) -> Method:

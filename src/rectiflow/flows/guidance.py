@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rectiflow.errors import positive
-from rectiflow.flows.guided import AgainstNull, Guided, both_branches, null_of, toward
+from rectiflow.flows.guided import (
+    VIEWS,
+    AgainstNull,
+    Guided,
+    both_branches,
+    null_of,
+    rows_of,
+    surely_none,
+    toward,
+)
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from rectiflow.flows.fields import Field
@@ -36,10 +47,14 @@ class ClassifierFreeGuidance(AgainstNull):
         stop: the last time at which it applies; outside, the field is the conditional one.
         batched: evaluate both branches in one call on a batch of twice the size. Off, two calls
             take half the memory; `benchmarks/guidance.py` times both.
+        rescale: share, 0 to 1, by which each sample of the guided prediction is brought back to
+            the standard deviation of the conditional one, in what the network predicts. 0.7 keeps
+            large scales from overexposing.
 
     Raises:
-        ValueError: a negative or non-finite scale, times out of order; when evaluated, a negative
-            condition that does not fit; in `integrate`, no condition at all.
+        ValueError: a negative or non-finite scale, a share outside [0, 1], times out of order;
+            when evaluated, a negative condition that does not fit; in `integrate`, no condition
+            at all.
 
     Example:
         >>> from rectiflow.flows import FlowModel
@@ -53,11 +68,18 @@ class ClassifierFreeGuidance(AgainstNull):
         tensor([[6., 6.]])
 
     Source: Ho and Salimans 2022 (2207.12598), equation 6, with scale = 1 + w; in terms of
-        velocities as in arXiv 2403.03206. The interval: arXiv 2404.07724.
+        velocities as in arXiv 2403.03206. The interval: arXiv 2404.07724; rescaling: arXiv
+        2305.08891, section 3.4.
     """
 
+    rescale: float = attribute(default=0.0, kw_only=True)
     # Stores of pairs made before the class had its present name keep their meaning.
     recorded_as: ClassVar[str] = "ClassifierFree"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must be in [0, 1], got {self.rescale}")
 
     def _guided(
         self,
@@ -71,7 +93,22 @@ class ClassifierFreeGuidance(AgainstNull):
         if self.scale == 0 and inside is None:
             return getattr(self.field, view)(x, t, **null)
         pair = both_branches(self.field, view, x, t, condition, null, batched=self.batched)
-        return toward(*pair, self.scale, inside)
+        guided = toward(*pair, self.scale, inside)
+        return self._rescaled(view, guided, pair[0], x, t) if self.rescale else guided
+
+    def _rescaled(
+        self, view: str, guided: Tensor, conditional: Tensor, x: Tensor, t: Tensor
+    ) -> Tensor:
+        """A view brought back to the spread of the conditional answer."""
+        given, own = VIEWS[view], self.prediction
+        said, wanted = (
+            self.path.convert(one, x, t, given=given, wanted=own) for one in (guided, conditional)
+        )
+        spreads = [wide(one).flatten(1).std(1) for one in (wanted, said)]
+        factor = torch.lerp(torch.ones_like(t), (spreads[0] / spreads[1]).to(t.dtype), self.rescale)
+        return self.path.convert(
+            said * rows_of(factor, said).to(said.dtype), x, t, given=own, wanted=given
+        )
 
 
 @dataclass(frozen=True)
@@ -127,36 +164,18 @@ class SkipLayers(Guided):
         object.__setattr__(self, "layers", tuple(self.layers))
 
     def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
-        plain, guided = _conditional_and_guided(
-            self.field, view, self.guidance, x, t, condition, conditional=bool(self.layers)
-        )
         inside = (t > self.start) & (t < self.stop)
-        if not self.layers or not self.scale or not bool(inside.any()):
-            return guided
+        if not self.layers or not self.scale or surely_none(inside):
+            return getattr(ClassifierFreeGuidance(self.field, self.guidance), view)(
+                x, t, **condition
+            )
+        null = null_of(self.field, condition) if self.guidance != 1 else {}
+        if null:
+            full = {**condition, **null}
+            plain, without = both_branches(self.field, view, x, t, condition, full)
+            guided = toward(plain, without, self.guidance, None)
+        else:
+            plain = guided = getattr(self.field, view)(x, t, **condition)
         skipped = getattr(self.field, view)(x, t, skip_layers=self.layers, **condition)
-        weight = (self.scale * inside).to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+        weight = rows_of((self.scale * inside).to(x.dtype), x)
         return guided + weight * (plain - skipped)
-
-
-def _conditional_and_guided(
-    field: Any,
-    view: str,
-    scale: float,
-    x: Tensor,
-    t: Tensor,
-    condition: dict[str, Any],
-    *,
-    conditional: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What the field says under the condition, and guided; with scale 0 the former on request."""
-    evaluate = getattr(field, view)
-    null = null_of(field, condition) if scale != 1 and condition else {}
-    if not null:
-        found = evaluate(x, t, **condition)
-        return found, found
-    full = {**condition, **null}
-    if scale == 0 and not conditional:
-        found = evaluate(x, t, **full)
-        return found, found
-    with_condition, without = both_branches(field, view, x, t, condition, full)
-    return with_condition, torch.lerp(without, with_condition, scale)

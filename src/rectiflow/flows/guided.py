@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from rectiflow.flows.paths import Path
 
 
+# What each member of a field is a prediction of.
+VIEWS = {"velocity": "velocity", "denoise": "data", "noise": "noise"}
+
+
 def begun(field: Any) -> Any:
     """The field for one trajectory: with a fresh memory if it has one, else the field itself.
 
@@ -60,6 +64,11 @@ class Guided(ABC):
     def path(self) -> Path:
         """The path of the field inside."""
         return self.field.path
+
+    @property
+    def prediction(self) -> str:
+        """What the network inside predicts; velocity for a field without one."""
+        return getattr(self.field, "prediction", "velocity")
 
     @property
     def remembers(self) -> bool:

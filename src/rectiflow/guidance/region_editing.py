@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def edit_region(
     estimate: str = "combined",
     noise: Float[Tensor, "b *dims"] | None = None,
     generator: torch.Generator | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "b *dims"]:
     """Pictures that equal the reference where it is kept and follow a new condition elsewhere.
 
@@ -116,6 +117,7 @@ def edit_region(
             call a step).
         noise: the noises to start from; drawn from `generator` otherwise.
         generator: the source of randomness.
+        progress: called with the number of steps done.
 
     Raises:
         ValueError: a mask of another size, one that keeps nothing or everything; noises of
@@ -155,13 +157,18 @@ def edit_region(
         FlowChef(Masked(reference, keep), first_step=source_steps, **settings),
     )
 
+    def counted(step: Step) -> Tensor:
+        if progress is not None:
+            progress(step.index + 1)
+        return step.after
+
     with evaluating(model):
         return integrate(
             field,
             model.path.start(noise),
             steps,
             solver,
-            correctors=correctors,
+            correctors=(*correctors, counted),
             generator=generator,
             **(condition or {}),
         )

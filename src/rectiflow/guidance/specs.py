@@ -11,7 +11,7 @@ from rectiflow.guidance.presets import preset
 
 # Kind: the class of `rectiflow.guidance`, and the numbers it takes by name.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cfg": ("ClassifierFreeGuidance", ("scale", "start", "stop", "negative")),
+    "cfg": ("ClassifierFreeGuidance", ("scale", "rescale", "start", "stop", "negative")),
     "apg": ("APG", ("scale", "eta", "momentum", "norm", "start", "stop", "negative")),
 }
 FORMS = "4, cfg:4,start=0.1,stop=0.8, apg:7.5,eta=0,momentum=-0.5,norm=15 or apg:sdxl"

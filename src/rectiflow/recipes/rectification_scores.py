@@ -16,10 +16,11 @@ from rectiflow.training.figures import bands, compare_samples, compare_trajector
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 
-RECTIFIED, SQUARES, CONVERTED = ARMS = (
+RECTIFIED, SQUARES, CONVERTED, TURNED = ARMS = (
     "rectified diffusion",
-    "rectified diffusion, L2 of the velocity",
+    "rectified diffusion, L2",
     "conversion to straight lines",
+    "conversion, sign of the output turned first",
 )
 BEFORE = "teacher, not rectified"
 Errors = tuple[float, float]

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "prompt_table": ("PromptTable",),
         "prompts": ("encode_prompts", "with_prompts"),
         "readings": ("AnalyticReading", "FlowReading", "TableReading"),
+        "rf_solver_scheduler": ("RFSolverScheduler",),
         "scheduling": ("stock_times",),
     },
 )

@@ -33,8 +33,8 @@ def check_prompts(pipe: Any, prompts: Sequence[str], *, tokens: int | None = Non
         if tokenizer is None:
             continue
         most = tokens if suffix == last and tokens is not None else tokenizer.model_max_length
-        for prompt in prompts:
-            count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        lengths = map(len, tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
+        for prompt, count in zip(prompts, lengths):
             if count > most:
                 shown = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
                 raise ValueError(
