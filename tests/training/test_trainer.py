@@ -23,6 +23,7 @@ from rectiflow.training import (
     Trainer,
     TrainerSettings,
     checkpoints,
+    optimizers,
 )
 from rectiflow.training.records import read_log
 
@@ -103,6 +104,17 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
     assert torch.equal(weights(resumed), weights(expected))
     whole = [row["step"] for row in read_log(tmp_path / "whole/metrics.jsonl")]
     assert [row["step"] for row in read_log(tmp_path / "cut/metrics.jsonl")] == whole
+
+
+@pytest.mark.parametrize("name", sorted(set(optimizers._BUILDERS) - {"adam"}))
+def test_every_optimizer_resumes_bit_for_bit(tmp_path, name):
+    optim = OptimizerSettings(name=name, learning_rate=1e-2, clip_coordinates=0.1)
+    options = {"optim": optim, "checkpoint_every": 4}
+    expected = train(8, folder=tmp_path / "whole", **options)
+    train(4, folder=tmp_path / "cut", **options)
+    resumed = train(8, folder=tmp_path / "cut", resume=True, **options)
+    assert torch.equal(weights(resumed), weights(expected))
+    assert not torch.equal(weights(resumed), weights(make_model()))
 
 
 def test_resume_refuses_other_batches(tmp_path):

@@ -95,6 +95,9 @@ class ChainedOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        # At once, so that whoever looks at the weights' memory from now on sees the buffer.
+        with torch.no_grad():
+            self._buckets_of(len(self.param_groups) - 1, group)
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for weights or settings of a group that cannot be."""

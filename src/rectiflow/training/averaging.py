@@ -29,8 +29,9 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self._live = [p.detach() for p in module.parameters()]
-        self._average = [p.clone() for p in self._live]
+        # The parameters themselves: optimizers and devices may exchange the memory behind them.
+        self._live = list(module.parameters())
+        self._average = [p.detach().clone() for p in self._live]
         self._names = [name for name, _ in module.named_parameters()]
 
     @torch.no_grad()

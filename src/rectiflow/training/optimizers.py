@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rectiflow import optim
 from rectiflow.errors import positive, unknown
 
 
@@ -17,7 +18,8 @@ class OptimizerSettings:
     """Which optimizer, how fast, and how its rate changes."""
 
     name: str = "adam"
-    """adam, adamw or sgd."""
+    """adam, adamw, sgd, or one of rectiflow.optim: adadagrad, adadagradnorm, adamp, clipped-adam,
+    clipped-sgd, diffgrad, sgdp or splitsgd."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -32,6 +34,8 @@ class OptimizerSettings:
     """Steps of linear warm-up."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
+    clip_coordinates: float = 0.0
+    """Share of the gradient's coordinates, the largest, to clip before that; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.name not in _BUILDERS:
@@ -39,6 +43,8 @@ class OptimizerSettings:
         if self.schedule not in _SHAPES:
             raise unknown("schedule", self.schedule, _SHAPES)
         positive("learning_rate", self.learning_rate)
+        if not 0 <= self.clip_coordinates < 1:
+            raise ValueError(f"clip_coordinates must be in [0, 1), got {self.clip_coordinates}")
         for name in ("warmup", "clip_norm", "weight_decay"):
             positive(name, getattr(self, name), zero=True)
 
@@ -54,6 +60,28 @@ _BUILDERS = {
     ),
     "sgd": lambda p, s: torch.optim.SGD(
         p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay, fused=True
+    ),
+    "adadagrad": lambda p, s: optim.AdAdaGrad(p, s.learning_rate, weight_decay=s.weight_decay),
+    "adadagradnorm": lambda p, s: optim.AdAdaGradNorm(
+        p, s.learning_rate, weight_decay=s.weight_decay
+    ),
+    "adamp": lambda p, s: optim.AdamP(
+        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
+    ),
+    "clipped-adam": lambda p, s: optim.CoordinateClipped(
+        p, optim.Adam(s.betas, s.eps), s.learning_rate, fraction=0.5, weight_decay=s.weight_decay
+    ),
+    "clipped-sgd": lambda p, s: optim.CoordinateClipped(
+        p, optim.Momentum(s.betas[0]), s.learning_rate, weight_decay=s.weight_decay
+    ),
+    "diffgrad": lambda p, s: optim.DiffGrad(
+        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
+    ),
+    "sgdp": lambda p, s: optim.SGDP(
+        p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay
+    ),
+    "splitsgd": lambda p, s: optim.SplitSGD(
+        p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay
     ),
 }
 _SHAPES: dict[str, Callable[[float], float]] = {

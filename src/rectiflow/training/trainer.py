@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rectiflow.errors import NonFiniteLossError, positive, require, unknown
 from rectiflow.flows.couplings import Draw
 from rectiflow.flows.fields import FlowModel
+from rectiflow.optim.coordinate_clipping import clip_coordinates_
 from rectiflow.training import checkpoints, optimizers
 from rectiflow.training.averaging import EMA
 from rectiflow.training.interrupts import interruptible
@@ -234,6 +235,9 @@ class Trainer:
                     self._guard(phase, loss, rows)
                     accelerator.backward(loss)
                 window[index] += loss.detach()
+            if options.clip_coordinates:
+                accelerator.unscale_gradients()
+                clip_coordinates_(phase.module.parameters(), options.clip_coordinates)
             if options.clip_norm:
                 accelerator.clip_grad_norm_(phase.module.parameters(), options.clip_norm)
             optimizer.step()
