@@ -114,7 +114,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure is called first, with gradients enabled, and its value returned."""
         loss = None
         if closure is not None:

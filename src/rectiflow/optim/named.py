@@ -280,13 +280,8 @@ class CoordinateClipped(ChainedOptimizer):
         maximize: bool = False,
         compile: bool = False,
     ) -> None:
-        usual = 0.1
-        if isinstance(base, str):
-            if base not in BASES:
-                raise unknown("base optimizer", base, BASES)
-            kind, usual = BASES[base]
-            base = kind()
-        adaptive = isinstance(base, Adam)
+        rule, usual = (base, 0.1) if isinstance(base, Direction) else _base(base)
+        adaptive = isinstance(rule, Adam)
         clip = ClipCoordinates(
             usual if fraction is None else fraction,
             scope,
@@ -295,12 +290,20 @@ class CoordinateClipped(ChainedOptimizer):
         )
         super().__init__(
             params,
-            [clip, base],
+            [clip, rule],
             lr=lr,
             weight_decay=weight_decay,
             maximize=maximize,
             compile=compile,
         )
+
+
+def _base(name: str) -> tuple[Direction, float]:
+    """The rule of a name and the fraction that is clipped for it."""
+    if name not in BASES:
+        raise unknown("base optimizer", name, BASES)
+    kind, fraction = BASES[name]
+    return kind(), fraction
 
 
 class SplitSGD(ChainedOptimizer):

@@ -86,9 +86,8 @@ class RadialProjection(Part):
                 _like(view, flat, start) for flat in (whole.param, whole.raw, whole.direction)
             )
             channel = number["channels"] % view.ndim
-            amount, share = self._radial(
-                *(_rows(part, channel) for part in (weight, gradient, travel)), number
-            )
+            rows = [_rows(part, channel) for part in (weight, gradient, travel)]
+            amount, share = self._radial(rows[0], rows[1], rows[2], number)
             shape = [1] * view.ndim
             shape[channel] = -1
             travel.addcmul_(weight, amount.view(shape), value=-1)

@@ -103,7 +103,7 @@ class _SophiaOptimizer(ChainedOptimizer):
         first = self.param_groups[0]
         return first["taken"] % first["interval"] == 0
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see `ChainedOptimizer`."""
         found = super().step(closure)
         for group in self.param_groups:

@@ -38,6 +38,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
     """
 
     order = 2
+    sigmas: Tensor
 
     @classmethod
     def of(cls, scheduler: Any, *, theta: float = 0.5) -> RFSolverScheduler:
