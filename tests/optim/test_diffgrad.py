@@ -78,10 +78,10 @@ def test_invariant_4_friction_is_between_a_half_and_one() -> None:
     for change, wanted in ((0.0, 0.5), (1e4, 1.0), (-1e4, 1.0), (2.0, 1 / (1 + math.exp(-2)))):
         p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         rule = chain(_Plain(), Friction())([p], lr=1.0)
-        rule.state[p] = {
-            "step": torch.tensor(1.0),
-            "previous_grad": torch.full((1,), 1.0 + change, dtype=torch.float64),
-        }
+        before = torch.full((1,), 1.0 + change, dtype=torch.float64)
+        saved = rule.state_dict()
+        saved["state"] = {0: {"step": torch.tensor(1.0), "previous_grad": before}}
+        rule.load_state_dict(saved)
         p.grad = torch.ones(1, dtype=torch.float64)
         rule.step()
         assert float(-p) == pytest.approx(wanted, rel=1e-12)

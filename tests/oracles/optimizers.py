@@ -106,11 +106,12 @@ class AdamP(Loop):
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, delta=0.1,
         wd_ratio=0.1, nesterov=False,
     ):  # fmt: skip
-        options = {"delta": delta, "wd_ratio": wd_ratio, "nesterov": nesterov}
+        self.nesterov = nesterov
+        options = {"delta": delta, "wd_ratio": wd_ratio}
         super().__init__(params, lr, weight_decay, betas=betas, eps=eps, **options)
 
     def direction(self, weight, grad, raw, state, group, step, common, decay):
-        found = adam(state, grad, grad, group, step, nesterov=group["nesterov"])
+        found = adam(state, grad, grad, group, step, nesterov=self.nesterov)
         found, share = project(weight, raw, found, group["delta"], group["wd_ratio"], group["eps"])
         return found, decay * share
 
@@ -122,16 +123,16 @@ class SGDP(Loop):
         self, params, lr=0.1, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
         eps=1e-8, delta=0.1, wd_ratio=0.1, project_buffer=False,
     ):  # fmt: skip
-        options = {"eps": eps, "delta": delta, "wd_ratio": wd_ratio, "nesterov": nesterov}
-        options |= {"dampening": dampening, "project_buffer": project_buffer}
+        self.eps, self.nesterov, self.project_buffer = eps, nesterov, project_buffer
+        options = {"delta": delta, "wd_ratio": wd_ratio, "dampening": dampening}
         super().__init__(params, lr, weight_decay, momentum=momentum, **options)
 
     def direction(self, weight, grad, raw, state, group, step, common, decay):
         found = momentum(state, grad, group, step)
-        if group["nesterov"]:
+        if self.nesterov:
             found = grad + group["momentum"] * found
-        found, share = project(weight, raw, found, group["delta"], group["wd_ratio"], group["eps"])
-        if group["project_buffer"]:
+        found, share = project(weight, raw, found, group["delta"], group["wd_ratio"], self.eps)
+        if self.project_buffer:
             state["momentum_buffer"] = found.clone()
         return found, decay * share / (1 - group["momentum"])
 

@@ -311,11 +311,14 @@ class Trainer:
             "random": random_state(self.device),
         }
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
-            if optimizer.optimizer.state:
-                weights, moments = get_state_dict(module, optimizer.optimizer, options=options)
+            own = optimizer.optimizer
+            if _keeps_buffers(own):
+                weights, moments = get_state_dict(module, own, options=options)
             else:
-                # A phase that has not run yet: reading its optimizer would take a first step.
-                weights, moments = get_model_state_dict(module, options=options), None
+                # A phase that has not run yet, whose optimizer would take a first step to be read;
+                # or an optimizer that keeps numbers alone, for which torch finds no device.
+                weights = get_model_state_dict(module, options=options)
+                moments = own.state_dict() if own.state else None
             state[f"phase/{phase.name}"] = {"module": weights, "optimizer": moments}
         if self._writes:
             checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
@@ -347,14 +350,18 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True)
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
             saved = state[f"phase/{phase.name}"]
-            if saved["optimizer"] is None:
+            moments = saved["optimizer"]
+            # Buffers are kept by the names of their weights, numbers alone by the weights' places.
+            if moments is None or isinstance(moments["param_groups"][0]["params"][0], int):
                 set_model_state_dict(module, saved["module"], options=options)
+                if moments is not None:
+                    optimizer.optimizer.load_state_dict(moments)
                 continue
             set_state_dict(
                 module,
                 optimizer.optimizer,
                 model_state_dict=saved["module"],
-                optim_state_dict=saved["optimizer"],
+                optim_state_dict=moments,
                 options=options,
             )
         self.ema.load_state_dict(state["ema"])
@@ -375,6 +382,12 @@ class Trainer:
             log_with=self.settings.tracker if tracked else None,
             project_dir=str(self.folder) if tracked else None,
         )
+
+
+def _keeps_buffers(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether there is more in an optimizer's state than single numbers."""
+    values = (v for state in optimizer.state.values() for v in state.values())
+    return any(torch.is_tensor(value) and value.ndim > 0 for value in values)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
