@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = attach(
         "prompts": ("encode_prompts", "with_prompts"),
         "readings": ("AnalyticReading", "FlowReading", "TableReading"),
         "scheduling": ("stock_times",),
+        "token_spans": ("concept_tokens",),
     },
 )
