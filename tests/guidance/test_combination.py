@@ -89,9 +89,10 @@ def test_min_norm_of_four_is_not_longer_than_any_mean_tried() -> None:
     vectors = draw(4, 3, 5)
     weights = min_norm_weights(vectors)
     shortest = (weights[..., None] * vectors).sum(0).norm(dim=1)
-    tried = torch.distributions.Dirichlet(torch.ones(4).double()).sample((20_000,))
+    tried = -torch.rand(20_000, 4, generator=torch.Generator().manual_seed(1)).double().log()
+    tried = tried / tried.sum(1, keepdim=True)
     least = torch.einsum("nv,vbd->nbd", tried, vectors).norm(dim=2).amin(0)
-    assert (shortest <= 1.01 * least).all()
+    assert (shortest <= least).all()
 
 
 # limit
@@ -139,7 +140,9 @@ def test_order_of_views_does_not_matter() -> None:
         torch.testing.assert_close(
             rectified(noises, weights, kind), rectified(noises[order], weights[order], kind)
         )
-    torch.testing.assert_close(min_norm_weights(noises)[order], min_norm_weights(noises[order]))
+    found, turned = min_norm_weights(noises), min_norm_weights(noises[order])
+    # Rounds go through the pairs in their order, so they end a little apart.
+    torch.testing.assert_close(found[order], turned, rtol=1e-3, atol=1e-3)
 
 
 def test_half_precision_and_zeros_stay_finite() -> None:

@@ -301,7 +301,7 @@ def test_sampling_and_compilation_take_it() -> None:
     found = sample(inner, 5, field=MultiViewField(inner, views), steps=2, batch_size=2)
     assert found.shape == (5, *SHAPE[1:])
     with pytest.raises(ValueError, match="share no memory"):
-        CompiledSampler(MultiViewField(APG(inner, 2.0), views), 2)
+        CompiledSampler(MultiViewField(APG(inner, 2.0), views))
 
 
 def test_gradients_reach_the_state_through_every_view() -> None:
@@ -362,7 +362,7 @@ def test_alternation_with_momentum_and_with_other_conditions_is_refused() -> Non
     MultiViewField(APG(model(), 2.0, momentum=0.0), VIEWS, combine="alternate", steps=2)
     other = [VIEWS[0], (Flip(), {})]
     with pytest.raises(ValueError, match="conditions of the same names and shapes, got label and"):
-        integrate(MultiViewField(lambda x, t: x, other, combine="alternate", steps=2), X, 2)
+        integrate(MultiViewField(model(), other, combine="alternate", steps=2), X, 2)
 
 
 def test_guidance_needs_conditions_in_every_view() -> None:

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "anagram": ("Anagram",),
-        "anti_segregation": ("AntiSegregation", "overlap", "segregation"),
+        "anti_segregation": ("AntiSegregation", "OverlapMeter", "overlap", "segregation"),
         "apg": ("APG", "projected_guidance", "rectify"),
         "attention_maps": ("text_attention",),
         "combination": ("Balance", "ClassSimilarity", "balanced_weights", "rectified"),

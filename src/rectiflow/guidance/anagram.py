@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from rectiflow.flows.fields import Field, FlowModel
-    from rectiflow.flows.integration import Step
+    from rectiflow.flows.integration import Corrector, Step
     from rectiflow.guidance.combination import Balance
 
 
@@ -78,7 +78,7 @@ class Anagram:
         if self.antiseg and self.spans is None:
             raise ValueError("antiseg needs spans: the tokens of the concept of each view")
         # Both refuse what cannot be.
-        _ = self.field, self.correctors
+        _ = self.field, self.steering
 
     @property
     def field(self) -> MultiViewField:
@@ -94,7 +94,7 @@ class Anagram:
         )
 
     @property
-    def correctors(self) -> tuple[FlowChef, ...]:
+    def steering(self) -> tuple[FlowChef, ...]:
         """What corrects its steps."""
         if not self.antiseg or self.spans is None:
             return ()
@@ -106,6 +106,7 @@ class Anagram:
         count: int | None = None,
         *,
         source: Float[Tensor, "b *dims"] | None = None,
+        correctors: Sequence[Corrector] = (),
         generator: torch.Generator | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b *dims"]:
@@ -114,6 +115,7 @@ class Anagram:
         Args:
             count: how many; taken from `source` when that is given.
             source: the noises to start from.
+            correctors: called after its own, see `integrate`.
             generator: the source of randomness.
             progress: called with the number of steps done.
         """
@@ -132,12 +134,14 @@ class Anagram:
             steps=self.steps,
             solver=self.solver,
             field=self.field,
-            correctors=(*self.correctors, after),
+            correctors=(*self.steering, *correctors, after),
             # Conditions may have a row for each sample, so the batch is not cut.
             batch_size=1 if source is None else len(source),
             generator=generator,
         )
 
     def shown(self, images: Float[Tensor, "b *dims"]) -> list[Tensor]:
-        """What every view shows of samples."""
+        """What every view shows of samples; for a sum, its parts."""
+        if self.combine == "sum":
+            return [view.inverse(images) for view, _ in self.views]
         return [view.apply(images) for view, _ in self.views]

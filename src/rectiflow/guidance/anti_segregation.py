@@ -145,6 +145,29 @@ class AntiSegregation(StateCost):
         return functional.interpolate(grid, size=shape, mode="nearest")[:, 0]
 
 
+class OverlapMeter:
+    """A corrector that changes nothing and measures the overlap of concepts in the last step.
+
+    Args:
+        cost: how the maps are made.
+
+    Attributes:
+        overlap: of each pair of views, `(pairs, b)`, where the last step of a sampling began.
+    """
+
+    def __init__(self, cost: AntiSegregation) -> None:
+        self.cost = cost
+        self.overlap: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Tensor:
+        if step.next_time >= 1:
+            x = step.before
+            t = torch.full((len(x),), step.time, device=x.device)
+            self.overlap = overlap(self.cost.maps(step.field, x, t, **step.condition))
+        return step.after
+
+
 def _chosen(maps: list[Tensor], shape: tuple[int, int], side: int | None) -> list[Tensor]:
     """The maps that have so many rows."""
     sides = {_rows(one.shape[1], shape) for one in maps}

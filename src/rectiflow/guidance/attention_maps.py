@@ -56,9 +56,10 @@ def text_attention(net: nn.Module) -> Iterator[list[Tensor]]:
                 continue
             found = True
         if not found:
+            name = type(getattr(net, "net", net)).__name__
             raise ValueError(
-                f"{type(net).__name__} has no attention to text that can be read: accepted are our "
-                "mmdit, and U-Nets and Stable Diffusion 3 transformers of diffusers"
+                f"{name} has no attention to text that can be read: accepted are our mmdit, and "
+                "U-Nets and Stable Diffusion 3 transformers of diffusers"
             )
         yield maps
 
