@@ -24,11 +24,17 @@ SHORT = ["--steps", "3", "--count", "3", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of digits with and without labels, and a pipeline."""
+    """Models with and without labels, a few pictures that they stand for, and a pipeline."""
     root = tmp_path_factory.mktemp("anagram")
+    generator = np.random.default_rng(0)
+    for label in range(10):
+        (root / f"pictures/{label}").mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"pictures/{label}/{number}.png")
     for name, classes in (("model", 10), ("plain", 0)):
         net = MMDiT(shape=(1, 8, 8), depth=1, heads=2, head_dim=8, classes=classes)
-        data = {"name": "digits", "spec": "digits"}
+        data = {"name": "pictures", "spec": f"folder:{root / 'pictures'}"}
         FlowModel(stirred(net), shape=(1, 8, 8), data=data).save_pretrained(root / name)
     shared("sd").save_pretrained(root / "pipe")
     return root
@@ -36,9 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One for all tests: the classifier that balances is trained once.
+    # One for all tests: the classifier that balances is trained once, and not long.
     folder = tmp_path_factory.getbasetemp() / "anagram-cache"
     monkeypatch.setenv("RECTIFLOW_CACHE", str(folder))
+    monkeypatch.setattr("rectiflow.training.evaluation.feature_net.STEPS", 2)
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -217,19 +224,17 @@ def test_wrong_settings(
             ["--prompts", "a fox", "a cat", "--antiseg-lr", "5", "--concepts", "fox"],
             "there are 2 prompts and 1 concepts",
         ),
-        ("pipe", ["--prompts", "a", "b", "--clip", "nowhere/x"], "no CLIP model could be read"),
+        ("pipe", ["--prompts", "a", "b", "--clip", "no/such/clip"], "no CLIP model could be read"),
     ],
 )
 def test_wrong_models_and_prompts(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     model: str,
     words: list[str],
     said: str,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shown = fails(
         ["anagram", str(folder / model), *words, "--out", str(tmp_path / "never")], capsys
     )

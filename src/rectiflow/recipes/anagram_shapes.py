@@ -42,7 +42,7 @@ class ShapeSettings:
     )
     """Arguments of the network, an mmdit."""
     training: TrainerSettings = field(
-        default_factory=lambda: stage(2000, batch_size=64, learning_rate=2e-3)
+        default_factory=lambda: stage(1500, batch_size=32, learning_rate=2e-3)
     )
     """Its training."""
     scale: float = 3.0
