@@ -259,9 +259,10 @@ def _scores(
         linear, name, judge = fit_linear(data_of(opened.model)), "label", "logistic regression"
         rows = torch.arange(count)
 
-        def score(pictures: Tensor, *, label: Tensor) -> Tensor:
+        def chance(pictures: Tensor, *, label: Tensor) -> Tensor:
             return linear(pictures).softmax(1)[rows, label]
 
+        score = chance
     else:
         return None
     wanted = [{name: torch.full((count,), given[name])} for _, given in anagram.views]
