@@ -5,12 +5,27 @@ from rectiflow._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "anagram": ("Anagram",),
+        "anti_segregation": ("AntiSegregation", "OverlapMeter", "overlap", "segregation"),
         "apg": ("APG", "projected_guidance", "rectify"),
-        "costs": ("Classifier", "Cost", "Custom", "Decoded", "LinearInverse", "Masked"),
+        "attention_maps": ("text_attention",),
+        "combination": ("Balance", "ClassSimilarity", "balanced_weights", "rectified"),
+        "costs": (
+            "Classifier",
+            "Cost",
+            "Custom",
+            "Decoded",
+            "LinearInverse",
+            "Masked",
+            "StateCost",
+        ),
         "flowchef": ("FlowChef",),
+        "multi_view": ("MultiViewField",),
         "presets": ("preset",),
         "rectiflow.flows.guidance": ("ClassifierFreeGuidance", "SkipLayers"),
         "region_editing": ("RegionalField", "edit_region", "latent_mask"),
         "specs": ("parse_guidance",),
+        "view_scores": ("alignment", "concealment", "score_matrix"),
+        "views": ("View", "assert_orthogonal", "compose", "parse_view"),
     },
 )

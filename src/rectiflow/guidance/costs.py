@@ -14,6 +14,8 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from rectiflow.flows.integration import Step
+
 REDUCTIONS = ("sum", "mean")
 
 
@@ -348,9 +350,21 @@ class Decoded(Cost):
         return self.cost(self.decode(data))
 
 
-def as_cost(cost: Cost | Callable[[Tensor], Tensor]) -> Cost:
+class StateCost(ABC):
+    """What a state should make small, which is seen only by asking the network about it.
+
+    In place of an estimate of the data it is given the state after a step, and its gradient runs
+    back through the network.
+    """
+
+    @abstractmethod
+    def at(self, step: Step) -> Cost:
+        """The cost of states at the time after a step."""
+
+
+def as_cost(cost: Cost | StateCost | Callable[[Tensor], Tensor]) -> Cost | StateCost:
     """The cost itself, or a function made one."""
-    return cost if isinstance(cost, Cost) else Custom(cost)
+    return cost if isinstance(cost, Cost | StateCost) else Custom(cost)
 
 
 def _reduction(given: str) -> None:

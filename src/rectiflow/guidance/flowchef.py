@@ -13,7 +13,7 @@ from torch import Tensor
 from rectiflow.errors import SteeringDivergedError, positive, unknown
 from rectiflow.flows.fields import velocity_of
 from rectiflow.flows.paths import Path, expand
-from rectiflow.guidance.costs import Cost, as_cost
+from rectiflow.guidance.costs import Cost, StateCost, as_cost
 from rectiflow.vectors import clip_norm
 
 if TYPE_CHECKING:
@@ -32,13 +32,14 @@ class FlowChef:
     `-s dL(D)/dx` with v held fixed: the derivative of the network is skipped, so nothing runs
     backward through it and the network is called no more often than without steering. On the
     rectified path `D = x + (1 - t) v` and the gradient is that of the cost at D. Steps of higher
-    order are corrected once, from their first velocity. The last step is left alone.
+    order are corrected once, from their first velocity. The last step is left alone. A `StateCost`
+    is asked about the state after the step instead, which moves down the gradient of that.
 
     Skipping is exact where the velocity does not depend on x, good where it changes slowly, and
     wrong where it bends; `skip=False` runs the network once more, with its derivative, to compare.
 
     Args:
-        cost: a `Cost`, or any function of the data with one number a sample.
+        cost: a `Cost`, any function of the data with one number a sample, or a `StateCost`.
         step_size: s, for costs summed over a sample. Divided by the curvature of the cost where
             that is known (`scaled`): 0.05 to 0.2 suits every linear measurement. With adam, in
             units of the data.
@@ -77,7 +78,7 @@ class FlowChef:
     Source: arXiv 2412.00100, algorithm 1. The scaling, the clip and the stop are ours.
     """
 
-    cost: Cost | Callable[[Tensor], Tensor]
+    cost: Cost | StateCost | Callable[[Tensor], Tensor]
     step_size: float = 0.1
     inner: int = 1
     optimizer: str = "sgd"
@@ -114,6 +115,8 @@ class FlowChef:
         positive("growth", self.growth)
         if not self.skip and self.velocity is not None:
             raise ValueError("velocity has no effect with skip=False: leave one of them out")
+        if isinstance(self.cost, StateCost) and (self.velocity is not None or not self.skip):
+            raise ValueError("a cost of states takes neither velocity nor skip: leave them out")
 
     def __call__(self, step: Step) -> Tensor:
         """The state after the step, corrected."""
@@ -136,13 +139,15 @@ class FlowChef:
         return inside and self.step_size > 0 and (self.last or step.next_time < 1)
 
     def _move(self, step: Step) -> Tensor:
-        """By how much the state before the step moves."""
+        """By how much the state moves, that before the step or, for a cost of states, after it."""
         path = self.path if self.path is not None else getattr(step.field, "path", None)
         if path is None:
             raise ValueError("steering needs the path of the field: give FlowChef(path=...)")
-        x = step.before.detach()
+        of_state = isinstance(self.cost, StateCost)
+        x = (step.after if of_state else step.before).detach()
+        time = step.next_time if of_state else step.time
         dtype = torch.promote_types(x.dtype, torch.float32)
-        t = torch.full((x.shape[0],), step.time, dtype=dtype, device=x.device)
+        t = torch.full((x.shape[0],), time, dtype=dtype, device=x.device)
         slope = self._slope_of(step, path, t)
         size = self._size(step.time, path, t, tuple(x.shape[1:]))
         bound = None
@@ -162,7 +167,6 @@ class FlowChef:
 
     def _size(self, time: float, path: Path, t: Tensor, shape: tuple[int, ...]) -> float:
         """The step size at a time, with the schedule and the curvature of the cost."""
-        assert isinstance(self.cost, Cost)
         size = self.step_size
         if callable(self.schedule):
             size *= self.schedule(time)
@@ -170,7 +174,9 @@ class FlowChef:
             size *= 1 - time / self.until
         elif self.schedule == "noise":
             size *= float(path.sigma(t[0]) / path.sigma(torch.zeros_like(t[0])))
-        known = self.cost.curvature(shape) if self.scaled and self.optimizer == "sgd" else None
+        known = None
+        if isinstance(self.cost, Cost) and self.scaled and self.optimizer == "sgd":
+            known = self.cost.curvature(shape)
         if not known:
             return size
         if size >= 1:
@@ -185,6 +191,8 @@ class FlowChef:
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """A function from the state to the cost and its gradient with respect to the state."""
         cost = self.cost
+        if isinstance(cost, StateCost):
+            return cost.at(step).gradient
         assert isinstance(cost, Cost)
         if not self.skip:
             evaluate = velocity_of(step.field)

@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = attach(
         "readings": ("AnalyticReading", "FlowReading", "TableReading"),
         "rf_solver_scheduler": ("RFSolverScheduler",),
         "scheduling": ("stock_times",),
+        "token_spans": ("concept_tokens",),
     },
 )
