@@ -31,6 +31,9 @@ COMMANDS = {
     "inverse": Command(
         "fill in, enlarge, sharpen or colour images with a model", "rectiflow.cli.inverse"
     ),
+    "relations": Command(
+        "teach a text model who does what to whom, by a few pictures", "rectiflow.cli.relations"
+    ),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
     "grid": Command("fit a model's times to where its trajectories bend", "rectiflow.cli.grid"),

@@ -44,10 +44,10 @@ class GraphAttention(nn.Module):
         self.to_source = nn.Parameter(torch.empty(types, heads, outside))
         self.to_destination = nn.Parameter(torch.empty(types, heads, outside))
         self.bias = nn.Parameter(torch.zeros(types, heads, outside))
-        for matrix in self.weight:
-            nn.init.xavier_normal_(matrix, math.sqrt(2))
-        for vectors in (*self.to_source, *self.to_destination):
-            nn.init.xavier_normal_(vectors.unsqueeze(0), math.sqrt(2))
+        for kind in range(types):
+            nn.init.xavier_normal_(self.weight[kind], math.sqrt(2))
+            nn.init.xavier_normal_(self.to_source[kind : kind + 1], math.sqrt(2))
+            nn.init.xavier_normal_(self.to_destination[kind : kind + 1], math.sqrt(2))
 
     def forward(
         self, x: Float[Tensor, "*b n inside"], graph: RelationGraph
