@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from rectiflow.flows import TimeSampler, TowardNoise
+from rectiflow.flows.specs import parse_times
 
 
 def test_density_is_the_papers() -> None:
@@ -42,6 +43,11 @@ def test_samples_follow_the_density(strength: float) -> None:
     assert torch.equal(t, times.sample(20_000, generator=torch.Generator().manual_seed(0)))
     test = stats.kstest(t.double().numpy(), lambda s: times.cdf(torch.from_numpy(s)).numpy())
     assert test.pvalue > 1e-3  # the seed is fixed: no flake
+
+
+def test_words() -> None:
+    assert parse_times("toward-noise") == TowardNoise()
+    assert parse_times("toward-noise:0.25") == TowardNoise(0.25)
 
 
 def test_wrong_strengths() -> None:

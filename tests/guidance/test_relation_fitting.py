@@ -183,7 +183,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ValueError, match="belongs to another text encoder"):
         RelationFitting(model(), rectifier(width=7), examples())
     wide = {name: torch.zeros(2, 3) for name in PROMPTS}
-    with pytest.raises(ValueError, match="samples of shape .2,., pictures have .3,."):
+    with pytest.raises(ValueError, match=r"samples of shape .2,., pictures have .3,."):
         RelationFitting(model(), rectifier(), RelationExamples(examples().prompts, wide))
     with pytest.raises(ValueError, match="pictures must have one shape"):
         RelationExamples(examples().prompts, {**wide, "A": torch.zeros(2, 4)})

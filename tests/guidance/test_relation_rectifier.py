@@ -94,7 +94,7 @@ def test_every_view_is_shifted() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"relation": torch.tensor([0, 1, 2, 5])}, "from 0 to 3 .4 for none., got 0 to 5"),
+        ({"relation": torch.tensor([0, 1, 2, 5])}, r"from 0 to 3 \(4 for none\), got 0 to 5"),
         ({"relation": torch.tensor([0, 1])}, "one row for each of the 4 samples"),
         ({"relation": torch.zeros(4)}, "must be one int64 number a sample, got torch.float32"),
         ({"context": torch.zeros(4, 8)}, "not what the shifts were made for"),

@@ -111,7 +111,7 @@ def test_checks_are_the_specifications_rules() -> None:
 
 def test_a_flow_that_cannot_obey_is_refused() -> None:
     lab = Lab(replace(PRESETS["quick"], least_oracle=0.9), seed=100)
-    with pytest.raises(ValueError, match="the flow obeys in .*% of its pictures where 90% are"):
+    with pytest.raises(ValueError, match=r"the flow obeys in .*% of its pictures where 90% are"):
         lab.oracle()
 
 
