@@ -78,9 +78,11 @@ def test_one_incoming_edge_has_weight_one_whatever_the_end_says() -> None:
     other = x.clone()
     other[3] += 5.0
     assert torch.equal(net(x, directed_relation())[3], net(other, directed_relation())[3])
-    other = x.clone()
-    other[4] += 5.0
-    assert not torch.allclose(net(x, directed_relation())[4], net(other, directed_relation())[4])
+    # Where two edges meet, a vector at their end matters only as far as it bends their scores.
+    others = x.repeat(50, 1, 1)
+    others[:, 4] = 3 * nodes(50)[:, 4]
+    found = net(others, directed_relation())[:, 4]
+    assert (found - found[:1]).abs().max() > 1e-3
 
 
 def test_the_order_is_in_two_types_of_edges() -> None:
@@ -121,8 +123,7 @@ def test_half_precision_and_large_scores_stay_finite() -> None:
 
 
 def test_size_is_that_of_the_paper() -> None:
-    with torch.device("meta"):
-        net = RelationalGraphAttention(1024)
+    net = RelationalGraphAttention(1024)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(16e6, rel=0.02)
 
 

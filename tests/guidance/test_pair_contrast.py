@@ -100,9 +100,9 @@ def test_without_the_negative_term_it_is_a_positive_loss_of_half_the_evaluations
 def test_the_hinge_pushes_until_the_margin_only() -> None:
     loss = PairContrastiveDenoising(10.0, 2.0, hinge=0.5)
     positive = torch.tensor([0.2, 0.2, 0.2], requires_grad=True)
-    negative = torch.tensor([0.3, 0.7, 5.0], requires_grad=True)
+    negative = torch.tensor([0.3, 0.8, 5.0], requires_grad=True)
     found = loss.combine(positive, negative)
-    # Margins of 0.1, 0.5 and 4.8.
+    # Margins of 0.1, 0.6 and 4.8.
     torch.testing.assert_close(found.total, torch.tensor([2.0 + 2 * 0.4, 2.0, 2.0]))
     found.total.sum().backward()
     assert negative.grad is not None

@@ -7,6 +7,7 @@ place the squares, and only the text never tells it to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from rectiflow.flows.couplings import TensorData
 from rectiflow.guidance.relation_fitting import RelationExamples
 from rectiflow.guidance.relation_prompts import PROMPTS, RelationPrompts
-from rectiflow.nets.embeddings import TimeEmbedding
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -78,14 +78,15 @@ def one_square(
 def sides(pictures: Float[Tensor, "b 3 side side"]) -> Int[Tensor, "b 2"]:
     """Which colour is seen on the left and which on the right: the judge.
 
-    Each half is compared with a square of every colour in every row.
+    Each half is matched with a square of every colour in every row, whatever its brightness.
     """
+    templates = palette().to(pictures) + 1
+    templates = templates / templates.norm(dim=1, keepdim=True)
     found = []
     for column in (LEFT, RIGHT):
-        part = pictures[:, :, :, column : column + SQUARE]
-        patches = part.unfold(2, SQUARE, 1)  # b, 3, row, across, down
-        gaps = patches[:, None] - palette().to(pictures)[None, :, :, None, None, None]
-        found.append(gaps.square().sum((2, 4, 5)).amin(2).argmin(1))
+        part = pictures[:, :, :, column : column + SQUARE] + 1
+        squares = part.sum(3).unfold(2, SQUARE, 1).sum(3)  # b, 3, row
+        found.append(torch.einsum("bcr,kc->bkr", squares, templates).amax(2).argmax(1))
     return torch.stack(found, 1)
 
 
@@ -188,13 +189,18 @@ def examples(language: Language, pair: Pair, count: int, *, seed: int) -> Relati
 
 
 class SceneNet(nn.Module):
-    """A multilayer perceptron of picture, time and sentence."""
+    """A multilayer perceptron of picture, time and sentence that predicts velocities.
 
-    def __init__(self, width: int, depth: int, text: int, times: int = 32) -> None:
+    Inside it estimates the picture, which a sentence tells more directly than a velocity: the
+    estimate D makes the velocity `(D - x) / (1.05 - t)`, which stays finite.
+    """
+
+    def __init__(self, width: int, depth: int, text: int, waves: int = 8) -> None:
         super().__init__()
         size = 3 * SIDE * SIDE
-        self.time = TimeEmbedding(times)
-        self.stem = nn.Linear(size + times + text, width)
+        self.register_buffer("rates", math.pi * torch.arange(waves), persistent=False)
+        self.stem = nn.Linear(size + 2 * waves, width)
+        self.told = nn.Linear(text + 2 * waves, depth * width)
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.head = nn.Linear(width, size)
 
@@ -206,10 +212,14 @@ class SceneNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "b 3 side side"], t: Float[Tensor, " b"], *, text: Tensor
     ) -> Float[Tensor, "b 3 side side"]:
-        h = self.stem(torch.cat([x.flatten(1), self.time(t), text], 1))
-        for block in self.blocks:
-            h = h + block(nn.functional.silu(h))
-        return self.head(h).view_as(x)
+        phase = t[:, None] * self.get_buffer("rates")
+        time = torch.cat([phase.cos(), phase.sin()], 1)
+        h = self.stem(torch.cat([x.flatten(1), time], 1))
+        told = self.told(torch.cat([text, time], 1)).chunk(len(self.blocks), 1)
+        for block, words in zip(self.blocks, told):
+            h = h + block(nn.functional.silu(h + words))
+        estimate = self.head(nn.functional.silu(h)).view_as(x)
+        return (estimate - x) / (1.05 - t)[:, None, None, None]
 
 
 def seen_order(pictures: Float[Tensor, "b 3 side side"], wanted: Sequence[str]) -> float:
