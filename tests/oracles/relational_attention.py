@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def graph_attention(layer: Any, x: Tensor, graph: Any, ends: list[str]) -> Tensor:
     """What one layer makes of one graph, from its weights; `ends` are the kinds types lead to."""
     heads, outside = layer.bias.shape[1:]
