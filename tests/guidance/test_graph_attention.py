@@ -74,14 +74,14 @@ def test_a_node_without_edges_of_a_type_gets_exactly_its_bias() -> None:
 
 
 def test_one_incoming_edge_has_weight_one_whatever_the_end_says() -> None:
-    net, x = network(), nodes()
+    layer, x = network().first, nodes()
     other = x.clone()
     other[3] += 5.0
-    assert torch.equal(net(x, directed_relation())[3], net(other, directed_relation())[3])
+    assert torch.equal(layer(x, directed_relation())[3], layer(other, directed_relation())[3])
     # Where two edges meet, a vector at their end matters only as far as it bends their scores.
     others = x.repeat(50, 1, 1)
     others[:, 4] = 3 * nodes(50)[:, 4]
-    found = net(others, directed_relation())[:, 4]
+    found = layer(others, directed_relation())[:, 4]
     assert (found - found[:1]).abs().max() > 1e-3
 
 

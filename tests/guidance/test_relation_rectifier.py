@@ -75,8 +75,11 @@ def test_guidance_of_shifted_prompts_is_guidance_with_shifted_prompts() -> None:
         lambda field: ClassifierFreeGuidance(field, 3.0),
         lambda field: APG(field, 3.0, norm=1.0),
     ):
+        wanted = follow(guide(base), {"context": moved})
         inside = follow(guide(RelationRectifier(base, given, 0.6)), condition)
-        torch.testing.assert_close(inside, follow(guide(base), {"context": moved}))
+        torch.testing.assert_close(inside, wanted)
+        around = follow(RelationRectifier(guide(base), given, 0.6), condition)
+        torch.testing.assert_close(around, wanted)
 
 
 def test_every_view_is_shifted() -> None:

@@ -100,8 +100,8 @@ class RelationFitting:
         pairings: Sequence[tuple[str, str]] = PAIRINGS,
         jitter: float = 0.05,
     ) -> None:
-        one = isinstance(examples, RelationExamples)
-        self.examples = (examples,) if one else tuple(examples)  # type: ignore[arg-type]
+        self.examples: tuple[RelationExamples, ...]
+        self.examples = (examples,) if isinstance(examples, RelationExamples) else tuple(examples)
         self.loss_of = loss if loss is not None else PairContrastiveDenoising()
         self.times = times if times is not None else TowardNoise()
         self.pairings, self.jitter = tuple(pairings), jitter

@@ -102,23 +102,33 @@ def _numbers(found: Sequence[Found], settings: Settings) -> list[Number]:
     shown = [Number(ACCURACY, ORACLE, oracle), Number(ACCURACY, FROZEN, frozen)]
     for arm in ARMS:
         for weight in settings.weights:
-            values = _over(found, arm, lambda f, w=weight: _mean(f.accuracy[w]))  # type: ignore[misc]
+            values = _over(found, arm, _accuracy_at(weight))
             shown.append(Number(ACCURACY, f"{arm}, weight {weight:g}", values))
         shown.append(
             Number(ACCURACY, f"{arm}, best weight", _over(found, arm, lambda f: _mean(_best(f))))
         )
+        worse = _over(found, arm, lambda f: min(_best(f)))
+        shown.append(Number("accuracy of the prompt that obeys less", arm, worse))
     shown.append(Number(UNSEEN, FROZEN, _over(found, FULL, lambda f: _mean(f.unseen_frozen))))
     for arm in ARMS:
         shown.append(Number(UNSEEN, arm, _over(found, arm, lambda f: _mean(f.unseen))))
     for arm in ARMS:
         for place, name in enumerate(PROMPTS):
-            length = _over(found, arm, lambda f, p=place: f.lengths[p])  # type: ignore[misc]
+            length = _over(found, arm, _length_at(place))
             shown.append(Number(f"length of the shift of {name}", arm, length))
         shown.append(
             Number("cosine of both ends, best weight", arm, _over(found, arm, lambda f: f.cosine))
         )
     ends = _over(found, FULL, lambda f: sum(f.ends) / len(f.ends))
     return [*shown, Number("length of an end of text", FROZEN, ends)]
+
+
+def _accuracy_at(weight: float) -> Callable[[Fitted], float]:
+    return lambda fitted: _mean(fitted.accuracy[weight])
+
+
+def _length_at(place: int) -> Callable[[Fitted], float]:
+    return lambda fitted: fitted.lengths[place]
 
 
 def _best(fitted: Fitted) -> tuple[float, float]:
@@ -190,16 +200,7 @@ def _draw(found: Sequence[Found], settings: Settings, run: Run) -> dict[Path, st
     """Accuracy against weight; pictures of the arms."""
     weights = [0.0, *settings.weights]
     lines = {
-        arm: (
-            weights,
-            [
-                [
-                    sum(_mean(f.accuracy[w]) for f in one.arms[arm]) / len(one.arms[arm])
-                    for w in weights
-                ]
-                for one in found
-            ],
-        )
+        arm: (weights, list(zip(*(_over(found, arm, _accuracy_at(w)) for w in weights))))
         for arm in ARMS
     }
     curves = bands(
