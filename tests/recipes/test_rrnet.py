@@ -16,11 +16,12 @@ from rectiflow.recipes.relation_scenes import (
     NAMES,
     SHAPE,
     Language,
+    as_told,
     examples,
+    in_order,
+    matches,
     one_square,
     scenes,
-    seen_order,
-    sides,
     two_squares,
 )
 from rectiflow.recipes.rrnet import PRESETS, _checks
@@ -37,7 +38,7 @@ def fitted(
     cosine: float = 0.2,
 ) -> Fitted:
     accuracy = {0.0: frozen, 0.4: (0.6, 0.6), 0.8: best, 1.0: best}
-    return Fitted(accuracy, 0.8, best, frozen, (1,) * 4, (9,) * 4, cosine, torch.zeros(1))
+    return Fitted(accuracy, 0.8, best, frozen, (1,) * 4, (9,) * 4, best, cosine, torch.zeros(1))
 
 
 def states(rectifier: Fitted, symmetric: Fitted | None = None) -> list[str]:
@@ -51,12 +52,19 @@ def test_the_judge_reads_scenes_and_not_their_rows() -> None:
     right = (left + torch.randint(1, 4, (200,), generator=generator(1))) % 4
     pictures = two_squares(left, right, generator())
     noisy = pictures + 0.3 * torch.randn(pictures.shape, generator=generator(2))
-    assert torch.equal(sides(noisy), torch.stack([left, right], 1))
+    assert torch.equal(matches(noisy).argmax(2), torch.stack([left, right], 1))
     assert pictures.shape == (200, *SHAPE)
     # Four pixels of each square, the rest black.
     assert ((pictures > -1).any(1).flatten(1).sum(1) == 8).all()
-    assert seen_order(pictures[:1], [NAMES[left[0]], NAMES[right[0]]]) == 1
-    assert seen_order(pictures[:1], [NAMES[right[0]], NAMES[left[0]]]) == 0
+    there, exchanged = (NAMES[left[0]], NAMES[right[0]]), (NAMES[right[0]], NAMES[left[0]])
+    for judge in (in_order, as_told):
+        assert judge(pictures[:1], there) == judge(pictures[:1] / 2 - 0.5, there) == 1
+        assert judge(pictures[:1], exchanged) == 0
+    # The order is a choice between two even where other colours are seen.
+    absent = [name for name in NAMES if name not in there]
+    mixed = [in_order(noisy, pair) for pair in (there, exchanged)]
+    assert mixed[0] + mixed[1] == pytest.approx(1, abs=1e-6)
+    assert as_told(pictures[:1], absent) == 0
     alone = one_square(left, generator())
     assert ((alone > -1).any(1).flatten(1).sum(1) == 4).all()
 
@@ -80,7 +88,7 @@ def test_the_flow_is_told_the_order_of_some_of_its_pictures() -> None:
     counts = (pictures > -1).any(1).flatten(1).sum(1)
     assert (counts == 4).sum() == 200
     both = counts == 8
-    seen = sides(pictures[both])
+    seen = matches(pictures[both]).argmax(2)
     silent = language.pairs(*seen.T, torch.zeros(len(seen)))
     said = (texts[both] - silent) @ language.order / 9
     wanted = torch.where(seen[:, 0] < seen[:, 1], 1.0, -1.0)
@@ -91,8 +99,8 @@ def test_the_flow_is_told_the_order_of_some_of_its_pictures() -> None:
 
 def test_examples_show_what_their_prompts_say() -> None:
     found = examples(Language.of(32, 3.0, seed=0), ("red", "blue"), 5, seed=1)
-    assert seen_order(found.pictures["ARB"], ("red", "blue")) == 1
-    assert seen_order(found.pictures["BRA"], ("blue", "red")) == 1
+    assert as_told(found.pictures["ARB"], ("red", "blue")) == 1
+    assert as_told(found.pictures["BRA"], ("blue", "red")) == 1
     assert {name: len(pictures) for name, pictures in found.pictures.items()} == dict.fromkeys(
         ("ARB", "BRA", "A", "B"), 5
     )

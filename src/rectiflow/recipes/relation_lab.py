@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,15 +28,18 @@ from rectiflow.recipes.relation_scenes import (
     Language,
     Pair,
     SceneNet,
+    as_told,
     examples,
+    in_order,
     scenes,
-    seen_order,
 )
 from rectiflow.recipes.tools import stage, train
 from rectiflow.training.flow_matching import FlowMatching
 from rectiflow.training.optimizers import OptimizerSettings
 from rectiflow.training.trainer import TrainerSettings
 from rectiflow.vectors import cosine, norm
+
+Judge = Callable[[Tensor, Sequence[str]], float]
 
 FULL, POSITIVE, SYMMETRIC = "rectifier", "without the negative term", "without direction"
 ARMS: dict[str, tuple[bool, GraphBuilder]] = {
@@ -60,10 +64,10 @@ class Settings:
     """Width of the flow's network."""
     depth: int = 2
     """Its hidden layers."""
-    flow: TrainerSettings = field(default_factory=lambda: stage(3500, learning_rate=2e-3))
+    flow: TrainerSettings = field(default_factory=lambda: stage(4000, learning_rate=3e-3))
     """Training of the flow."""
     least_oracle: float = 0.9
-    """Accuracy that the flow must reach when it is told the order, or nothing is concluded."""
+    """Share of right pictures that the flow must reach when told the order, or it is refused."""
     pairs: tuple[Pair, ...] = (("red", "green"), ("blue", "yellow"))
     """Pairs of colours, each with a rectifier of its own; the next one is what it never saw."""
     few: int = 4
@@ -101,6 +105,8 @@ class Fitted:
         unseen_frozen: that of the frozen model on them.
         lengths: length of the shift of each prompt.
         ends: length of what is shifted, of each prompt.
+        shown: share of both prompts' pictures with both squares where they belong, at the best
+            weight.
         cosine: of both sentences' ends at the best weight.
         images: some pictures of both prompts at the best weight.
     """
@@ -111,6 +117,7 @@ class Fitted:
     unseen_frozen: tuple[float, float]
     lengths: tuple[float, ...]
     ends: tuple[float, ...]
+    shown: tuple[float, float]
     cosine: float
     images: Tensor
 
@@ -120,7 +127,8 @@ class Found:
     """What one seed gave, one entry a pair of colours.
 
     Attributes:
-        oracle: accuracy of both prompts when the order is told.
+        oracle: share of both prompts' pictures with both squares where they belong, when the order
+            is told.
         arms: arm to what it gave.
     """
 
@@ -144,7 +152,7 @@ class Lab:
         self.flow = train(FlowMatching(start, shown), flow, title="flow")
 
     def oracle(self) -> list[tuple[float, float]]:
-        """Accuracy when the order is told.
+        """The share of pictures with both squares where they belong, when the order is told.
 
         Raises:
             ValueError: the flow does not obey even then, so that nothing could be concluded.
@@ -153,7 +161,7 @@ class Lab:
         for pair in self.settings.pairs:
             told = self.language.told(pair)
             images = self._images(told, self.flow, seed=self.seed)
-            found.append(self._accuracy(images, pair))
+            found.append(_accuracy(images, pair, as_told))
             least = self.settings.least_oracle
             if sum(found[-1]) / 2 < least:
                 raise ValueError(
@@ -178,7 +186,7 @@ class Lab:
         images = {w: self._of(rectifier, pair, w, seed=self.seed) for w in weights}
         # Chosen on other noises than the accuracy that is reported.
         other = {
-            w: self._accuracy(self._of(rectifier, pair, w, seed=self.seed + 5000), pair)
+            w: _accuracy(self._of(rectifier, pair, w, seed=self.seed + 5000), pair)
             for w in settings.weights
         }
         best = max(other, key=lambda w: sum(other[w]))
@@ -189,12 +197,13 @@ class Lab:
         moved = ends + best * deltas
         apart = [self._of(rectifier, unseen, w, seed=self.seed) for w in (best, 0.0)]
         return Fitted(
-            accuracy={w: self._accuracy(x, pair) for w, x in images.items()},
+            accuracy={w: _accuracy(x, pair) for w, x in images.items()},
             best=best,
-            unseen=self._accuracy(apart[0], unseen),
-            unseen_frozen=self._accuracy(apart[1], unseen),
+            unseen=_accuracy(apart[0], unseen),
+            unseen_frozen=_accuracy(apart[1], unseen),
             lengths=tuple(norm(deltas).tolist()),
             ends=tuple(norm(ends).tolist()),
+            shown=_accuracy(images[best], pair, as_told),
             cosine=float(cosine(moved[:1], moved[1:2])),
             images=images[best].unflatten(0, (2, -1))[:, :8].flatten(0, 1).cpu(),
         )
@@ -241,6 +250,8 @@ class Lab:
             **{name: v.repeat_interleave(count, 0).to(device) for name, v in condition.items()},
         )
 
-    def _accuracy(self, images: Tensor, pair: Pair) -> tuple[float, float]:
-        one, other = images.chunk(2)
-        return seen_order(one, pair), seen_order(other, pair[::-1])
+
+def _accuracy(images: Tensor, pair: Pair, judge: Judge = in_order) -> tuple[float, float]:
+    """What a judge says of the pictures of both prompts."""
+    one, other = images.chunk(2)
+    return judge(one, pair), judge(other, pair[::-1])

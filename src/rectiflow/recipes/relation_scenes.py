@@ -75,10 +75,10 @@ def one_square(
     return draw_squares(colours, side * RIGHT, generator=generator)
 
 
-def sides(pictures: Float[Tensor, "b 3 side side"]) -> Int[Tensor, "b 2"]:
-    """Which colour is seen on the left and which on the right: the judge.
+def matches(pictures: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b 2 colours"]:
+    """How well each half of a picture matches a square of each colour, in the row that fits best.
 
-    Each half is matched with a square of every colour in every row, whatever its brightness.
+    A square is matched whatever its brightness.
     """
     templates = palette().to(pictures) + 1
     templates = templates / templates.norm(dim=1, keepdim=True)
@@ -86,8 +86,24 @@ def sides(pictures: Float[Tensor, "b 3 side side"]) -> Int[Tensor, "b 2"]:
     for column in (LEFT, RIGHT):
         part = pictures[:, :, :, column : column + SQUARE] + 1
         squares = part.sum(3).unfold(2, SQUARE, 1).sum(3)  # b, 3, row
-        found.append(torch.einsum("bcr,kc->bkr", squares, templates).amax(2).argmax(1))
+        found.append(torch.einsum("bcr,kc->bkr", squares, templates).amax(2))
     return torch.stack(found, 1)
+
+
+def in_order(pictures: Float[Tensor, "b 3 side side"], wanted: Sequence[str]) -> float:
+    """The share of pictures that match the wanted order of two colours better than the other one.
+
+    A choice between two: one half is chance, whatever else the pictures show.
+    """
+    found = matches(pictures)[:, :, [NAMES.index(name) for name in wanted]]
+    there, exchanged = found[:, 0, 0] + found[:, 1, 1], found[:, 0, 1] + found[:, 1, 0]
+    return float(((there > exchanged).float() + 0.5 * (there == exchanged).float()).mean())
+
+
+def as_told(pictures: Float[Tensor, "b 3 side side"], wanted: Sequence[str]) -> float:
+    """The share of pictures whose halves match the wanted colours best of all colours."""
+    order = torch.tensor([NAMES.index(name) for name in wanted], device=pictures.device)
+    return float((matches(pictures).argmax(2) == order).all(1).float().mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +236,3 @@ class SceneNet(nn.Module):
             h = h + block(nn.functional.silu(h + words))
         estimate = self.head(nn.functional.silu(h)).view_as(x)
         return (estimate - x) / (1.05 - t)[:, None, None, None]
-
-
-def seen_order(pictures: Float[Tensor, "b 3 side side"], wanted: Sequence[str]) -> float:
-    """The share of pictures that show the wanted colours on the left and on the right."""
-    order = torch.tensor([NAMES.index(name) for name in wanted], device=pictures.device)
-    return float((sides(pictures) == order).all(1).float().mean())
