@@ -74,7 +74,7 @@ class Settings:
     """Pictures of each prompt."""
     hidden: int = 64
     """Width of the graph network."""
-    iterations: int = 150
+    iterations: int = 60
     """Iterations, of five steps each."""
     batch_size: int = 16
     """Pairs of pictures in a step."""
