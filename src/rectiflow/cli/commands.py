@@ -34,6 +34,9 @@ COMMANDS = {
     "anagram": Command(
         "pictures that show something else when they are turned", "rectiflow.cli.anagram"
     ),
+    "relations": Command(
+        "teach a text model who does what to whom, by a few pictures", "rectiflow.cli.relations"
+    ),
     "evaluate": Command("score a model against its data", "rectiflow.cli.evaluate"),
     "compare": Command("models side by side on one page", "rectiflow.cli.compare"),
     "grid": Command("fit a model's times to where its trajectories bend", "rectiflow.cli.grid"),

@@ -49,6 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "text_dropout": ("EncoderDropout", "EncoderPart", "SD3_ENCODERS"),
         "time_shift": ("TimeShift", "resolution_shift", "shift_times", "shifted_times"),
         "times": ("Discrete", "TimeSampler", "Uniform"),
+        "toward_noise": ("TowardNoise",),
         "u_shaped": ("UShaped",),
         "weights": ("Weighted",),
     },

@@ -42,6 +42,7 @@ TIMES: dict[str, Spec] = {
     "logit-normal": Spec("LogitNormal", "mean:std"),
     "mode": Spec("Mode", "scale"),
     "cosmap": Spec("CosMap"),
+    "toward-noise": Spec("TowardNoise", "strength"),
 }
 PREMETRICS: dict[str, Spec] = {
     "l2": Spec("L2"),

@@ -174,9 +174,9 @@ SYSTEMS: tuple[System, ...] = (
          recipes="visual-anagram"),
     _row(13, "rrnet", "2403.20249",
          "Relation Rectification in Diffusion Model",
-         "guidance.RelationRectifier",
-         "Teach a frozen text model who does what to whom with a tiny graph network.",
-         extra="diffusers"),
+         "guidance.RelationRectifier guidance.ConditionRectifier guidance.RelationFitting "
+         "guidance.PairContrastiveDenoising",
+         "Teach a frozen text model who does what to whom with a tiny graph network."),
     _row(14, "pmrf", "2410.00418",
          "PMRF: Posterior-Mean Rectified Flow",
          "images.PMRF images.degradations",

@@ -5,6 +5,7 @@ from rectiflow._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "clip_text": ("ClipText", "clip_of"),
         "exporting": ("to_pipeline",),
         "families": ("open_pipeline",),
         "latents": ("decode_latents", "encode_images"),
