@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.interop.pipelines import shared, stirred
+from tests.interop.pipelines import shared
+from tests.stirring import stirred
 
 from rectiflow.cli import main
 from rectiflow.cli.reveal import MOVES, write_reveal

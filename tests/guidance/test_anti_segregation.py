@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.interop.pipelines import PROMPTS, shared, stirred, tokens
+from tests.interop.pipelines import PROMPTS, shared, tokens
+from tests.stirring import stirred
 from torch import Tensor
 
 from rectiflow.flows import ClassifierFreeGuidance, FlowModel, integrate

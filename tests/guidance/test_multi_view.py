@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rectiflow.flows import ClassifierFreeGuidance, Field, FlowModel, integrate, sample
 from rectiflow.flows.compiled import CompiledSampler
-from rectiflow.flows.paths import PATHS, build
+from rectiflow.flows.path_registry import PATHS, build
 from rectiflow.guidance import APG, Balance, MultiViewField, rectified
 from rectiflow.guidance.views import Flip, Identity, Negate, Part, Rest, Rotate, View
 

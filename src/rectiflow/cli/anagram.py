@@ -188,7 +188,7 @@ def _conditions(
     settings: Settings, opened: Opened
 ) -> tuple[list[dict[str, Any]], list[str], list[tuple[int, ...]]]:
     """The condition of every view, it in words, and the tokens of its concept."""
-    from rectiflow.cli.models import attach_prompts, is_latent
+    from rectiflow.cli.models import attach_prompts
     from rectiflow.cli.options import labels_for
 
     if settings.labels:
@@ -202,20 +202,17 @@ def _conditions(
         spans: list[tuple[int, ...]] = [(0,) for _ in labels]
         return [{"label": label} for label in labels], [str(one) for one in labels], spans
     prompts = [f"{settings.style} {prompt}".strip() for prompt in settings.prompts]
+    attach_prompts(opened, prompts, truncate=settings.truncate)
     spans = []
-    if is_latent(opened.model):
-        from rectiflow.interop.diffusers import check_prompts, concept_tokens
+    if settings.antiseg_lr:
+        from rectiflow.interop.diffusers import concept_tokens
 
-        if not settings.truncate:
-            check_prompts(opened.pipe, prompts)
-        if settings.antiseg_lr:
-            concepts = settings.concepts or tuple(prompt.split()[-1] for prompt in prompts)
-            if len(concepts) != len(prompts):
-                raise ValueError(
-                    f"there are {len(prompts)} prompts and {len(concepts)} concepts: give one each"
-                )
-            spans = [concept_tokens(opened.pipe, p, c) for p, c in zip(prompts, concepts)]
-    attach_prompts(opened, prompts)
+        concepts = settings.concepts or tuple(prompt.split()[-1] for prompt in prompts)
+        if len(concepts) != len(prompts):
+            raise ValueError(
+                f"there are {len(prompts)} prompts and {len(concepts)} concepts: give one each"
+            )
+        spans = [concept_tokens(opened.pipe, p, c) for p, c in zip(prompts, concepts)]
     return [{"prompt": number} for number in range(len(prompts))], prompts, spans
 
 

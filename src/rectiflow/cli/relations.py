@@ -304,7 +304,8 @@ def _apply(
     from rectiflow.training.figures import save_images
 
     weights = settings.w if 0 in settings.w else (0.0, *settings.w)
-    clip, rectifier, said = clip_of(opened.pipe), rectifier.to(opened.device), []
+    clip, rectifier = clip_of(opened.pipe), rectifier.to(opened.device)
+    said: list[dict[str, Any]] = []
     with counting("pictures", len(relations) * len(weights), "columns") as update:
         for number, (texts, prompts) in enumerate(relations):
             with torch.no_grad():

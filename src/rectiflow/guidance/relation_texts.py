@@ -85,7 +85,7 @@ class RelationTexts:
             if not isinstance(index.get(key), str):
                 wrong = f"got {index[key]!r:.40}" if key in index else "which is missing"
                 raise ValueError(f"{where} must give {key!r} as a text, {wrong}")
-        return cls(*(index[key] for key in KEYS), alone=alone)
+        return cls(**{key.lower(): index[key] for key in KEYS}, alone=alone)
 
     @property
     def words(self) -> tuple[str, str, str]:
