@@ -108,7 +108,7 @@ TWO = [(Identity(), {}), (Rotate(90), {})]
 CORRECTORS: dict[str, Callable[[], Any]] = {
     "trajectory": Trajectory,
     "clamp": lambda: lambda step: step.after.clamp(-3, 3),
-    "flowchef": lambda: FlowChef(Masked(torch.zeros(SHAPE), torch.ones(SHAPE)), step_size=0.05),
+    "flowchef": lambda: FlowChef(Masked(torch.zeros(1, *SHAPE), torch.ones(SHAPE)), step_size=0.05),
 }
 
 
