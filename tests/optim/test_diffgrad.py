@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -146,6 +147,11 @@ def test_state_of_adam_is_a_start() -> None:
 def test_friction_that_may_reverse_is_said() -> None:
     with pytest.warns(UserWarning, match="can be negative"):
         Friction.preset("v3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # 9 / 2 - 4 at least, and 10 / 2 - 5.
+        assert Friction.preset("v2").offset == -4
+        assert Friction.preset("v4").offset == -5
     with pytest.raises(ValueError, match="unknown friction 'v9'"):
         DiffGrad([weight()], version="v9")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.errors import unknown
-from rectiflow.flows.guided import Guided, begun, refuse_memory
+from rectiflow.flows.guided import VIEWS, Guided, begun, refuse_memory
 from rectiflow.flows.integration import time_grid
 from rectiflow.flows.paths import TINY, expand
 from rectiflow.guidance.apg import SAME_TIME
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rectiflow.flows.fields import Field
 
 RULES = ("mean", "alternate", "sum", "balanced", "min-norm")
-PREDICTION = {"velocity": "velocity", "denoise": "data", "noise": "noise"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +158,7 @@ class MultiViewField(Guided):
         if self.rectify != "none":
             added = rectified(noises, weights, self.rectify) - combine(noises, weights)
             velocity = velocity + (self._slope(t, x) * added).to(velocity.dtype)
-        return self._convert(velocity, x, t, PREDICTION[member])
+        return self._convert(velocity, x, t, VIEWS[member])
 
     def _answers(
         self, member: str, shown: list[Tensor], t: Tensor, given: list[dict[str, Any]]

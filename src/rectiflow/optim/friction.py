@@ -56,7 +56,9 @@ class Friction(Part):
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise unknown("shape of friction", self.shape, SHAPES)
-        if self.offset + min(0.0, self.scale) < 0:
+        # Of a change without sign the sigmoid is one half at least.
+        least = 0.5 if self.shape == "abs" and self.slope >= 0 else 0.0
+        if self.offset + min(least * self.scale, self.scale) < 0:
             warnings.warn(
                 "this friction can be negative and then reverses a step: training may diverge",
                 stacklevel=3,
