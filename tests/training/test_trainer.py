@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rectiflow.errors import NonFiniteLossError
-from rectiflow.flows import FlowModel, Independent
+from rectiflow.flows import FlowModel, Independent, PseudoHuber
 from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.nets import build
 from rectiflow.training import (
@@ -115,6 +115,57 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path, name):
     resumed = train(8, folder=tmp_path / "cut", resume=True, **options)
     assert torch.equal(weights(resumed), weights(expected))
     assert not torch.equal(weights(resumed), weights(make_model()))
+
+
+@pytest.mark.parametrize("name", ["sophiag", "sophiah"])
+def test_curvature_does_not_depend_on_micro_batches(name):
+    # A refresh at steps 0, 3 and 6; targets and probes are drawn for the whole step.
+    optim = OptimizerSettings(name, learning_rate=1e-2, curvature_every=3, clip_norm=0.0)
+    whole = train(8, batch_size=32, optim=optim)
+    parts = train(8, batch_size=8, accumulate=4, optim=optim)
+    # Squares of gradients double their rounding; the first steps are signs, which none may flip.
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_curvature_is_that_of_drawn_targets():
+    method = FlowMatching(make_model(), Independent(DATA))
+    optim = OptimizerSettings("sophiag", curvature_every=2, clip_norm=0.0, learning_rate=1e-3)
+    trainer = Trainer(method, settings(1, optim=optim))
+    before = [p.detach().clone() for p in method.model.parameters()]
+    trainer.fit()
+    state = trainer._optimizers[0].optimizer.state
+    found = [state[p]["hessian"].clone() for p in method.model.parameters()]
+    for p, old in zip(method.model.parameters(), before):
+        p.data.copy_(old)
+    # By hand: targets around the outputs with the variance that makes half a mean of n squares a
+    # unit-variance likelihood, squared mean gradient times the number of rows, one part in 100.
+    draw = Draw.of(16, step=0, seed=0)
+    pairs = Independent(DATA).draw(draw)
+    t = torch.rand(16, generator=draw.generator)
+    output = method.model(t[:, None] * pairs.target + (1 - t[:, None]) * pairs.source, t)
+    target = output.detach() + draw.normal((2,))
+    loss = (output - target).square().mean()
+    grads = torch.autograd.grad(loss, list(method.model.parameters()))
+    for h, grad in zip(found, grads):
+        torch.testing.assert_close(h, 0.01 * 16 * grad.square(), rtol=1e-4, atol=1e-9)
+
+
+def test_sophia_reports_the_share_of_unclipped_weights(tmp_path):
+    optim = OptimizerSettings("sophiag", gamma=1e6, curvature_every=1)
+    train(6, folder=tmp_path, checkpoint_every=6, optim=optim)
+    shares = [row["win_rate"] for row in read_log(tmp_path / "metrics.jsonl")]
+    # With so much curvature only weights without a gradient are not inside.
+    assert len(shares) == 2
+    assert min(shares) > 0.9
+
+
+def test_sophia_is_refused_where_it_cannot_see_the_curvature():
+    robust = FlowMatching(make_model(), Independent(DATA), premetric=PseudoHuber())
+    with pytest.raises(ValueError, match=r"flow loss is not the squared error.*take sophiah"):
+        Trainer(robust, settings(optim=OptimizerSettings("sophiag")))
+    plain = FlowMatching(make_model(), Independent(DATA))
+    with pytest.raises(ValueError, match=r"second derivatives.*leave --compile out"):
+        Trainer(plain, settings(compile=True, optim=OptimizerSettings("sophiah")))
 
 
 def test_resume_refuses_other_batches(tmp_path):

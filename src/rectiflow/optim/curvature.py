@@ -104,7 +104,10 @@ def sampled_cross_entropy(
 
 
 def sampled_squared_error(
-    output: Float[Tensor, "b *dims"], *, generator: torch.Generator | None = None
+    output: Float[Tensor, "b *dims"],
+    *,
+    noise: Float[Tensor, "b *dims"] | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ""], int]:
     """The same for squared errors: targets drawn around the model's own outputs.
 
@@ -116,6 +119,7 @@ def sampled_squared_error(
 
     Args:
         output: the model's outputs, one row a sample.
+        noise: standard normal numbers, drawn here by default.
         generator: the source of randomness; on the outputs' device.
 
     Returns:
@@ -123,12 +127,12 @@ def sampled_squared_error(
 
     Source: arXiv 2305.14342, section 2.3, for a Gaussian in place of a softmax.
     """
-    residual = torch.randn(
-        output.shape, generator=generator, device=output.device, dtype=output.dtype
-    )
-    elements = output[0].numel()
-    residual = residual * (elements / 2) ** 0.5
-    error = (output - (output.detach() + residual)).square()
+    if noise is None:
+        noise = torch.randn(
+            output.shape, generator=generator, device=output.device, dtype=output.dtype
+        )
+    target = output.detach() + noise * (output[0].numel() / 2) ** 0.5
+    error = (output - target).square()
     return error.mean(), len(output)
 
 

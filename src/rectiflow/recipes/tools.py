@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,3 +84,22 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:
     """
     top = torch.tensor(list(above), dtype=torch.float64)
     return tuple((top / torch.tensor(list(below), dtype=torch.float64)).tolist())
+
+
+def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
+    """The mean of differences seed by seed, in standard errors of that mean.
+
+    Signed infinity if all differences are the same; NaN for a single seed or where all are 0.
+
+    Example:
+        >>> round(standard_errors([3.0, 4.0, 5.0], [1.0, 1.0, 1.0]), 3)
+        5.196
+    """
+    differences = [a - b for a, b in zip(above, below, strict=True)]
+    if len(differences) < 2:
+        return math.nan
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    if error:
+        return mean / error
+    return math.copysign(math.inf, mean) if mean else math.nan

@@ -13,6 +13,7 @@ from rectiflow.flows.fields import FlowModel
 from rectiflow.flows.premetrics import L2, Premetric, Regression
 from rectiflow.flows.times import TimeSampler, Uniform
 from rectiflow.flows.u_shaped import warn_if_independent
+from rectiflow.optim.curvature import sampled_squared_error
 from rectiflow.training.method import Phase
 
 
@@ -50,7 +51,8 @@ class FlowMatching:
 
     def phases(self) -> list[Phase]:
         """The one phase."""
-        return [Phase(self.name, self.model, self.loss, inspect=self.inspect)]
+        sampled = self.sampled_loss if isinstance(self.premetric, L2) else None
+        return [Phase(self.name, self.model, self.loss, inspect=self.inspect, sampled=sampled)]
 
     def losses(self, pairs: Pairs, t: Tensor, condition: dict[str, Any]) -> Tensor:
         """The loss of each pair at its time, shape `(b,)`."""
@@ -64,10 +66,21 @@ class FlowMatching:
 
     def loss(self, draw: Draw) -> Tensor:
         """The mean loss of the draw's rows."""
+        pairs, t, condition = self._timed(draw)
+        return self.losses(pairs, t, condition).mean()
+
+    def sampled_loss(self, draw: Draw) -> tuple[Tensor, int]:
+        """The mean squared error against targets drawn around the model's own outputs."""
+        pairs, t, condition = self._timed(draw)
+        x = self.model.path.interpolate(pairs.source, pairs.target, t)
+        output = self.model(x, t, **condition).to(x.dtype)
+        return sampled_squared_error(output, noise=draw.normal(output.shape[1:]))
+
+    def _timed(self, draw: Draw) -> tuple[Pairs, Tensor, dict[str, Any]]:
+        """The draw's pairs, their times and conditions."""
         pairs = self.coupling.draw(draw)
         t = self.times.sample(draw.size, generator=draw.generator)[draw.part]
-        t = t.to(pairs.target.dtype)
-        return self.losses(pairs, t, self._dropped(pairs.condition, draw)).mean()
+        return pairs, t.to(pairs.target.dtype), self._dropped(pairs.condition, draw)
 
     def inspect(self, draw: Draw) -> str:
         """What is wrong with the pairs of a draw, or an empty string."""

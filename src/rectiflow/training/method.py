@@ -26,6 +26,8 @@ class Phase:
         inspect: called with the draw of a step whose loss was not finite; says what is wrong with
             its data, or nothing.
         first: the first step on which it runs; its learning rate's schedule starts there.
+        sampled: the mean loss of the draw's rows against targets drawn from the model itself, and
+            how many were drawn; for losses that are a likelihood (SophiaG needs it).
     """
 
     name: str
@@ -35,6 +37,7 @@ class Phase:
     optimizer: OptimizerSettings | None = None
     inspect: Callable[[Draw], str] | None = None
     first: int = 0
+    sampled: Callable[[Draw], tuple[Tensor, int]] | None = None
 
     def due(self, step: int) -> bool:
         """Whether the phase runs on a step."""

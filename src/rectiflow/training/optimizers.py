@@ -19,15 +19,20 @@ class OptimizerSettings:
 
     name: str = "adam"
     """adam, adamw, sgd, or one of rectiflow.optim: adadagrad, adadagradnorm, adamp, clipped-adam,
-    clipped-sgd, diffgrad, sgdp or splitsgd."""
+    clipped-sgd, diffgrad, sgdp, sophiag, sophiah or splitsgd."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's first and second moment; the first is SGD's momentum."""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and second moment; the first is SGD's momentum. By default 0.9 and 0.999,
+    for Sophia 0.96 and 0.99."""
     eps: float = 1e-8
     """Adam's denominator offset."""
     weight_decay: float = 0.0
-    """Weight decay (decoupled for adamw)."""
+    """Weight decay (decoupled for adamw, adamp, sgdp, Sophia and the clipped ones)."""
+    gamma: float | None = None
+    """Sophia's weight of curvature; by default the paper's, 0.05 for sophiag, 0.01 for sophiah."""
+    curvature_every: int = 10
+    """Steps between Sophia's looks at the curvature."""
     schedule: str = "constant"
     """constant, cosine or linear (both fall to zero at the last step)."""
     warmup: int = 0
@@ -43,6 +48,7 @@ class OptimizerSettings:
         if self.schedule not in _SHAPES:
             raise unknown("schedule", self.schedule, _SHAPES)
         positive("learning_rate", self.learning_rate)
+        positive("curvature_every", self.curvature_every)
         if not 0 <= self.clip_coordinates < 1:
             raise ValueError(f"clip_coordinates must be in [0, 1), got {self.clip_coordinates}")
         for name in ("warmup", "clip_norm", "weight_decay"):
@@ -50,38 +56,58 @@ class OptimizerSettings:
 
 
 # Fused kernels are three times faster than the loop, on the CPU too.
-_BUILDERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]]
-_BUILDERS = {
-    "adam": lambda p, s: torch.optim.Adam(
-        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
+Build = Callable[
+    [Iterable[nn.Parameter], OptimizerSettings, tuple[float, float]], torch.optim.Optimizer
+]
+_BUILDERS: dict[str, Build] = {
+    "adam": lambda p, s, betas: torch.optim.Adam(
+        p, s.learning_rate, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
     ),
-    "adamw": lambda p, s: torch.optim.AdamW(
-        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
+    "adamw": lambda p, s, betas: torch.optim.AdamW(
+        p, s.learning_rate, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=True
     ),
-    "sgd": lambda p, s: torch.optim.SGD(
-        p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay, fused=True
+    "sgd": lambda p, s, betas: torch.optim.SGD(
+        p, s.learning_rate, momentum=betas[0], weight_decay=s.weight_decay, fused=True
     ),
-    "adadagrad": lambda p, s: optim.AdAdaGrad(p, s.learning_rate, weight_decay=s.weight_decay),
-    "adadagradnorm": lambda p, s: optim.AdAdaGradNorm(
+    "adadagrad": lambda p, s, betas: optim.AdAdaGrad(
         p, s.learning_rate, weight_decay=s.weight_decay
     ),
-    "adamp": lambda p, s: optim.AdamP(
-        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
+    "adadagradnorm": lambda p, s, betas: optim.AdAdaGradNorm(
+        p, s.learning_rate, weight_decay=s.weight_decay
     ),
-    "clipped-adam": lambda p, s: optim.CoordinateClipped(
-        p, optim.Adam(s.betas, s.eps), s.learning_rate, fraction=0.5, weight_decay=s.weight_decay
+    "adamp": lambda p, s, betas: optim.AdamP(
+        p, s.learning_rate, betas=betas, eps=s.eps, weight_decay=s.weight_decay
     ),
-    "clipped-sgd": lambda p, s: optim.CoordinateClipped(
-        p, optim.Momentum(s.betas[0]), s.learning_rate, weight_decay=s.weight_decay
+    "clipped-adam": lambda p, s, betas: optim.CoordinateClipped(
+        p, optim.Adam(betas, s.eps), s.learning_rate, fraction=0.5, weight_decay=s.weight_decay
     ),
-    "diffgrad": lambda p, s: optim.DiffGrad(
-        p, s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
+    "clipped-sgd": lambda p, s, betas: optim.CoordinateClipped(
+        p, optim.Momentum(betas[0]), s.learning_rate, weight_decay=s.weight_decay
     ),
-    "sgdp": lambda p, s: optim.SGDP(
-        p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay
+    "diffgrad": lambda p, s, betas: optim.DiffGrad(
+        p, s.learning_rate, betas=betas, eps=s.eps, weight_decay=s.weight_decay
     ),
-    "splitsgd": lambda p, s: optim.SplitSGD(
-        p, s.learning_rate, momentum=s.betas[0], weight_decay=s.weight_decay
+    "sgdp": lambda p, s, betas: optim.SGDP(
+        p, s.learning_rate, momentum=betas[0], weight_decay=s.weight_decay
+    ),
+    "sophiag": lambda p, s, betas: optim.SophiaG(
+        p,
+        s.learning_rate,
+        betas=betas,
+        gamma=0.05 if s.gamma is None else s.gamma,
+        weight_decay=s.weight_decay,
+        interval=s.curvature_every,
+    ),
+    "sophiah": lambda p, s, betas: optim.SophiaH(
+        p,
+        s.learning_rate,
+        betas=betas,
+        gamma=0.01 if s.gamma is None else s.gamma,
+        weight_decay=s.weight_decay,
+        interval=s.curvature_every,
+    ),
+    "splitsgd": lambda p, s, betas: optim.SplitSGD(
+        p, s.learning_rate, momentum=betas[0], weight_decay=s.weight_decay
     ),
 }
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -96,7 +122,8 @@ def build(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> to
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise ValueError("nothing to train: no parameter requires a gradient")
-    return _BUILDERS[settings.name](trained, settings)
+    usual = (0.96, 0.99) if settings.name.startswith("sophia") else (0.9, 0.999)
+    return _BUILDERS[settings.name](trained, settings, settings.betas or usual)
 
 
 def rate(settings: OptimizerSettings, step: int, steps: int) -> float:

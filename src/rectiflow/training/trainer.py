@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from rectiflow.errors import NonFiniteLossError, positive, require, unknown
 from rectiflow.flows.couplings import Draw
 from rectiflow.flows.fields import FlowModel
 from rectiflow.optim.coordinate_clipping import clip_coordinates_
-from rectiflow.training import checkpoints, optimizers
+from rectiflow.training import checkpoints, curvature, optimizers
 from rectiflow.training.averaging import EMA
 from rectiflow.training.interrupts import interruptible
 from rectiflow.training.method import Method, Phase
 from rectiflow.training.optimizers import OptimizerSettings
+from rectiflow.training.phase_state import phase_state, restore_phase
 from rectiflow.training.progress import bar
 from rectiflow.training.random_state import random_state, set_random_state
 from rectiflow.training.records import MetricsLog
@@ -138,6 +140,7 @@ class Trainer:
         for phase, options in zip(self.phases, self._options):
             phase.module.to(self.device)
             optimizer = optimizers.build(phase.module.parameters(), options)
+            curvature.check(optimizer, phase, compiled=self.settings.compile)
             module, optimizer = self.accelerator.prepare(_PhaseModule(phase), optimizer)
             self._modules.append(module)
             self._optimizers.append(optimizer)
@@ -222,9 +225,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 since = self.step - phase.first
                 group["lr"] = optimizers.rate(options, since, settings.steps - phase.first)
-            for micro in range(settings.accumulate):
-                first = accelerator.process_index * settings.accumulate + micro
-                rows = slice(first * settings.batch_size, (first + 1) * settings.batch_size)
+            count = settings.batch_size
+            first = accelerator.process_index * settings.accumulate * count
+            starts = range(first, first + settings.accumulate * count, count)
+            micros = [slice(start, start + count) for start in starts]
+            curvature.refresh_if_due(
+                optimizer.optimizer, phase, [partial(self._draw, size, rows) for rows in micros]
+            )
+            for micro, rows in enumerate(micros):
                 draw = self._draw(size, rows)
                 hold = micro + 1 < settings.accumulate
                 quiet = accelerator.no_sync(module) if hold else contextlib.nullcontext()
@@ -276,7 +284,7 @@ class Trainer:
                 self._refuse(phase.name, total, f"steps {self.step - steps + 1} to {self.step}")
             if runs:
                 numbers[name] = total / runs
-        return numbers
+        return numbers | curvature.win_rates(self.phases, self._optimizers)
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was asked to stop."""
@@ -294,15 +302,8 @@ class Trainer:
         return self.folder is not None and bool(self.accelerator.is_main_process)
 
     def _save(self) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_state_dict,
-        )
-
         if self._folder is None:
             return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=self.device.type != "cpu")
         state: dict[str, Any] = {
             "step": self.step,
             "seed": self.settings.seed,
@@ -311,15 +312,7 @@ class Trainer:
             "random": random_state(self.device),
         }
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
-            own = optimizer.optimizer
-            if _keeps_buffers(own):
-                weights, moments = get_state_dict(module, own, options=options)
-            else:
-                # A phase that has not run yet, whose optimizer would take a first step to be read;
-                # or an optimizer that keeps numbers alone, for which torch finds no device.
-                weights = get_model_state_dict(module, options=options)
-                moments = own.state_dict() if own.state else None
-            state[f"phase/{phase.name}"] = {"module": weights, "optimizer": moments}
+            state[f"phase/{phase.name}"] = phase_state(module, optimizer.optimizer, self.device)
         if self._writes:
             checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
         self.accelerator.wait_for_everyone()
@@ -330,12 +323,6 @@ class Trainer:
         return settings.batch_size * settings.accumulate * int(self.accelerator.num_processes)
 
     def _resume(self) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_state_dict,
-        )
-
         assert self._folder is not None
         state = checkpoints.read_newest(self._folder, map_location="cpu")
         if state is None:
@@ -347,23 +334,8 @@ class Trainer:
                     f"cannot resume: the checkpoint's {word} is {state[name]}, now {own}; use the "
                     "settings of the first run or start a new one"
                 )
-        options = StateDictOptions(full_state_dict=True)
         for phase, module, optimizer in zip(self.phases, self._modules, self._optimizers):
-            saved = state[f"phase/{phase.name}"]
-            moments = saved["optimizer"]
-            # Buffers are kept by the names of their weights, numbers alone by the weights' places.
-            if moments is None or isinstance(moments["param_groups"][0]["params"][0], int):
-                set_model_state_dict(module, saved["module"], options=options)
-                if moments is not None:
-                    optimizer.optimizer.load_state_dict(moments)
-                continue
-            set_state_dict(
-                module,
-                optimizer.optimizer,
-                model_state_dict=saved["module"],
-                optim_state_dict=moments,
-                options=options,
-            )
+            restore_phase(module, optimizer.optimizer, state[f"phase/{phase.name}"])
         self.ema.load_state_dict(state["ema"])
         set_random_state(state["random"], self.device)
         self.step = int(state["step"])
@@ -382,12 +354,6 @@ class Trainer:
             log_with=self.settings.tracker if tracked else None,
             project_dir=str(self.folder) if tracked else None,
         )
-
-
-def _keeps_buffers(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is more in an optimizer's state than single numbers."""
-    values = (v for state in optimizer.state.values() for v in state.values())
-    return any(torch.is_tensor(value) and value.ndim > 0 for value in values)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
