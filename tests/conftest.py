@@ -1,8 +1,10 @@
-"""Annotations checked at run time in every test, and the repository's root on the import path.
+"""Shapes checked at run time in every test, and the repository's root on the import path.
 
 rectiflow imports the names of its annotations under `TYPE_CHECKING`, so that users need no
-jaxtyping. Here its modules are compiled with those imports unfolded, and every annotated function
-is checked by jaxtyping and beartype. Setting `typing.TYPE_CHECKING` itself breaks other packages.
+jaxtyping. Here its modules are compiled with those imports unfolded, and every function that says
+shapes is checked by jaxtyping and beartype, in its first calls of every test: the rest are the same
+calls again, and checking all of them would double the time of the suite. Setting
+`typing.TYPE_CHECKING` itself breaks other packages.
 """
 
 from __future__ import annotations
@@ -22,6 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 PACKAGE = "rectiflow"
 DECORATOR, PROTOCOL = "checked_in_tests", "protocol_in_tests"
+SHAPED = {"Bool", "Float", "Int", "UInt8"}
+CALLS = 4
+"""Calls of a function that are checked in each test."""
+test_number = 0
+
+
+def pytest_runtest_setup() -> None:
+    global test_number
+    test_number += 1
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,8 +48,16 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
         return jaxtyping.jaxtyped(typechecker=checker)(function)
 
+    within, calls = 0, 0
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal within, calls
+        if within != test_number:
+            within, calls = test_number, 0
+        calls += 1
+        if calls > CALLS:
+            return function(*args, **kwargs)
         torch = sys.modules.get("torch")
         if torch is not None and torch.compiler.is_compiling():
             return function(*args, **kwargs)
@@ -60,7 +79,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Checked(ast.NodeTransformer):
-    """Unfold `if TYPE_CHECKING:` and decorate annotated functions, but not nested ones."""
+    """Unfold `if TYPE_CHECKING:` and decorate functions that say shapes, but not nested ones."""
 
     def __init__(self) -> None:
         self.late: list[ast.stmt] = []
@@ -84,9 +103,14 @@ class _Checked(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-        if node.returns is not None or any(a.annotation is not None for a in arguments):
+        annotations = [node.returns, *(a.annotation for a in arguments)]
+        if any(_shaped(annotation) for annotation in annotations if annotation is not None):
             node.decorator_list.append(ast.Name(DECORATOR, ast.Load()))
         return node
+
+
+def _shaped(annotation: ast.expr) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in SHAPED for n in ast.walk(annotation))
 
 
 class _Loader(SourceFileLoader):

@@ -59,7 +59,8 @@ def test_numbers_equal_the_closed_form_of_a_rotation():
 
 
 def test_frechet_equals_the_matrix_formula():
-    linalg = pytest.importorskip("scipy.linalg")
+    from scipy import linalg
+
     a, b = (
         noise(40, 5).double(),
         noise(40, 5).double().flip(0)

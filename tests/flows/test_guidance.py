@@ -83,7 +83,6 @@ def test_views_of_a_guided_field_agree(path, prediction):
 
 @pytest.mark.parametrize("prediction, path", [("velocity", "rectified"), ("noise", "vp")])
 def test_rescaling_is_that_of_diffusers_on_what_the_network_predicts(prediction, path):
-    pytest.importorskip("diffusers")
     from diffusers.guiders.guider_utils import rescale_noise_cfg
 
     net = Net()

@@ -22,7 +22,8 @@ PATHS = {
 
 
 def scheduler(path, **options):
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     return diffusers.DDIMScheduler(
         num_train_timesteps=path.count,
         beta_schedule=path.betas,

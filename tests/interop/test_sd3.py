@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,8 +12,6 @@ from tests.stirring import stirred
 
 from rectiflow.interop import sd3
 from rectiflow.nets import MMDiT
-
-diffusers = pytest.importorskip("diffusers")
 
 KINDS = {
     "plain": {"qk_norm": None, "dual_attention_layers": ()},

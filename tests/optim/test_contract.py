@@ -445,7 +445,8 @@ def test_a_trained_step_may_be_compiled_around() -> None:
 
 
 def test_accelerate_drives_them() -> None:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     twin = copy.deepcopy(model)

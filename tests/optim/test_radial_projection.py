@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adamp
 import pytest
 import torch
 from torch import nn
@@ -106,7 +107,6 @@ def test_invariant_6_vectors_are_never_projected() -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_invariant_7_agrees_with_the_authors_package(nesterov) -> None:
-    adamp = pytest.importorskip("adamp")
     p, q = nn.Parameter(draw(6, 5)), nn.Parameter(draw(6, 5))
     options = {"lr": 0.05, "weight_decay": 0.1, "nesterov": nesterov}
     ours, theirs = AdamP([p], **options), adamp.AdamP([q], **options)
