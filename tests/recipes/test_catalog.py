@@ -46,7 +46,7 @@ def test_names_of_the_design() -> None:
 
 def test_recipes_belong_to_one_system_each() -> None:
     slugs = [slug for system in SYSTEMS for slug in system.recipes]
-    assert len(slugs) == len(set(slugs)) == 43
+    assert len(slugs) == len(set(slugs)) == 44
     assert find("rectified-flow").recipes == (
         "rectified-flow",
         "domain-transfer",
