@@ -85,17 +85,12 @@ def block(run: Callable[[], Any], *, shortest: float = 0.01) -> Timer:
 
 
 def clocked(run: Callable[[], Any], repeats: int) -> Clocks:
-    """Seconds of `repeats` runs, garbage collected before and never inside."""
-    gc.collect()
-    gc.disable()
-    try:
-        cpu, wall = clocks()
-        for _ in range(repeats):
-            run()
-        now = clocks()
-        return now[0] - cpu, now[1] - wall
-    finally:
-        gc.enable()
+    """Seconds of `repeats` runs."""
+    cpu, wall = clocks()
+    for _ in range(repeats):
+        run()
+    now = clocks()
+    return now[0] - cpu, now[1] - wall
 
 
 def clocks() -> Clocks:
@@ -152,15 +147,25 @@ def trusted(collect: Callable[[], Rounds], *, floor: str, attempts: int = 5) -> 
 def measure(
     timers: Mapping[str, Timer], *, floor: str, rounds: int = 21, attempts: int = 5
 ) -> Rounds:
-    """Time all variants in interleaved rounds, the floor twice; see `trusted`."""
+    """Time all variants in interleaved rounds, the floor twice; see `trusted`.
+
+    Garbage is collected between rounds, now and then, and never inside: a collection empties the
+    caches and takes longer than most of what is timed.
+    """
     order = {**timers, AGAIN: timers[floor]}
 
     def collect() -> Rounds:
         seconds: dict[str, list[Clocks]] = {name: [] for name in order}
-        for index in range(rounds):
-            # Turning the order round keeps a drift of the machine from favouring the first.
-            for name in list(order) if index % 2 else reversed(order):
-                seconds[name].append(order[name]())
+        gc.disable()
+        try:
+            for index in range(rounds):
+                if index % 20 == 0:
+                    gc.collect()
+                # Turning the order round keeps a drift of the machine from favouring the first.
+                for name in list(order) if index % 2 else reversed(order):
+                    seconds[name].append(order[name]())
+        finally:
+            gc.enable()
         return Rounds(seconds)
 
     return trusted(collect, floor=floor, attempts=attempts)

@@ -89,7 +89,7 @@ def compare(case: str, width: int, *, compiled: bool) -> list[harness.Row]:
             LOOP: harness.block(stepper(floor, params)),
             name: harness.block(stepper(make, params)),
         }
-        found = harness.measure(timers, floor=LOOP, rounds=11)
+        found = harness.measure(timers, floor=LOOP, rounds=61)
         kind = name.partition(",")[0]
         target = None
         if kind in BOUNDS:

@@ -60,7 +60,6 @@ class Alternating:
         if step % self.steps:
             return
         now = time.process_time(), time.perf_counter()
-        gc.enable()
         if self.mark is not None:
             self.seconds[OURS].append((now[0] - self.mark[0], now[1] - self.mark[1]))
             for name in (BARE, AGAIN):

@@ -15,6 +15,7 @@ from rectiflow.flows.couplings import (
     as_data,
     batches,
 )
+from rectiflow.flows.fields import evaluating
 
 
 def labelled(count=30, shape=(2,)):
@@ -200,3 +201,19 @@ def test_batches_are_the_steps_in_order():
     for step in range(3):
         wanted = Independent(labelled()).draw(Draw.of(4, step=step, seed=5))
         assert torch.equal(whole(next(stream)), whole(wanted))
+
+
+def test_teachers_follow_a_training_to_its_device():
+    moved = []
+
+    class Elsewhere(torch.nn.Linear):
+        def to(self, *args, **kwargs):
+            moved.append(args[0])
+            return self
+
+    teacher = Elsewhere(2, 2)
+    with evaluating(teacher, torch.device("meta")):
+        assert not teacher.training
+    with evaluating(teacher, torch.device("cpu")), evaluating(teacher):
+        pass
+    assert moved == [torch.device("meta")]

@@ -14,9 +14,8 @@ from rectiflow.align.adapters import gaussian_lora
 from rectiflow.align.rewards.checked import Checked
 from rectiflow.distill.lora import AdaptedNet
 from rectiflow.flows.couplings import Data, Draw
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.integration import time_grid
-from rectiflow.flows.sampling import device_of
 from rectiflow.training.method import Phase
 
 if TYPE_CHECKING:

@@ -148,7 +148,7 @@ class Subject:
         """The conditions of so many images, in turn."""
         import torch
 
-        from rectiflow.flows.sampling import device_of
+        from rectiflow.flows.fields import device_of
 
         if self.conditions is None:
             return {}

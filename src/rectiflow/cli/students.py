@@ -340,7 +340,7 @@ def _report(settings: Any, teacher: Any, model: Any, coupling: Any, folder: Path
 
     from rectiflow.distill.straightening import straightened
     from rectiflow.flows.couplings import Draw
-    from rectiflow.flows.sampling import device_of
+    from rectiflow.flows.fields import device_of
 
     device = device_of(teacher)
     # The step after the last: live pairs that the training did not see.

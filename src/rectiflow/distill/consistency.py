@@ -140,7 +140,7 @@ class ConsistencyDistillation:
         index = (draw.uniform() * intervals).long().clamp(max=intervals - 1).to(grid.device)
         t, s = grid[index], grid[index + 1]
         x = path.interpolate(pairs.source, pairs.target, t).to(pairs.target.dtype)
-        with torch.no_grad(), evaluating(self.teacher), evaluating(self.target):
+        with torch.no_grad(), evaluating(self.teacher, x.device), evaluating(self.target):
             velocity = velocity_of(self.followed)(x, t, **condition)
             nearer = first_order_jump(path, velocity, x, t, s)
             wanted = self.estimate(self.target, nearer, s, **condition)

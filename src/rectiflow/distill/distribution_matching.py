@@ -28,10 +28,9 @@ from rectiflow.distill.reflow import student_of
 from rectiflow.distill.teachers import model_inside
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Coupling, Data, Draw, Independent
-from rectiflow.flows.fields import Field, FlowModel, evaluating
+from rectiflow.flows.fields import Field, FlowModel, device_of, evaluating
 from rectiflow.flows.paths import expand
 from rectiflow.flows.premetrics import L2, Premetric
-from rectiflow.flows.sampling import device_of
 from rectiflow.flows.times import TimeSampler, Uniform
 from rectiflow.training.flow_matching import FlowMatching
 from rectiflow.training.method import Phase

@@ -14,7 +14,6 @@ from rectiflow.flows.couplings import Coupling, Draw
 from rectiflow.flows.fields import FlowModel, evaluating, velocity_of
 from rectiflow.flows.paths import expand
 from rectiflow.flows.premetrics import Premetric, Regression
-from rectiflow.flows.sampling import device_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -127,10 +126,8 @@ class FlowGuidedDistillation(OneStepDistillation):
             first: the velocity of the first step; the teacher's own by default.
             **condition: of each noise.
         """
-        if device_of(self.teacher) != source.device:
-            self.teacher.to(source.device)
         velocity = velocity_of(self.guided if self.guided is not None else self.teacher)
-        with evaluating(self.teacher):
+        with evaluating(self.teacher, source.device):
             if first is None:
                 first = velocity(source, torch.zeros_like(u), **condition).to(source.dtype)
             time = expand(u, source)

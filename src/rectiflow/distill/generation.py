@@ -17,11 +17,10 @@ from rectiflow.errors import PairQualityError, PairStoreError, RunExistsError, p
 from rectiflow.flows import pair_format
 from rectiflow.flows.artifact import identity
 from rectiflow.flows.couplings import Data, Draw, Pairs
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import integrate, time_grid
 from rectiflow.flows.pair_format import DTYPES, STORE, PairSettings, shard_file
 from rectiflow.flows.pair_store import PairStore
-from rectiflow.flows.sampling import device_of
 from rectiflow.flows.solvers import resolve
 from rectiflow.flows.stochastic import StochasticEuler
 

@@ -23,11 +23,10 @@ from rectiflow.errors import PairQualityError, positive
 from rectiflow.flows import pair_format
 from rectiflow.flows.artifact import identity
 from rectiflow.flows.couplings import Data, Pairs, as_data
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.inverted_pairs import falling_times, invert
 from rectiflow.flows.pair_format import DTYPES, PairSettings
 from rectiflow.flows.pair_store import PairStore
-from rectiflow.flows.sampling import device_of
 
 
 def invert_pairs(

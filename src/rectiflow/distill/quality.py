@@ -12,11 +12,10 @@ from torch import Tensor
 
 from rectiflow.errors import PairQualityError, positive
 from rectiflow.flows.couplings import Pairs
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import integrate, time_grid
 from rectiflow.flows.pair_format import solver_of
 from rectiflow.flows.pair_store import PairStore
-from rectiflow.flows.sampling import device_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float

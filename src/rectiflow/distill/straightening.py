@@ -13,10 +13,10 @@ from rectiflow.distill.reflow import MOST_ROUNDS, reflow_rounds
 from rectiflow.errors import positive
 from rectiflow.files import write_json
 from rectiflow.flows.couplings import Pairs
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.metrics import straightness
 from rectiflow.flows.pair_store import PairStore
-from rectiflow.flows.sampling import condition_rows, device_of, sample
+from rectiflow.flows.sampling import condition_rows, sample
 from rectiflow.training.figures import curves
 
 if TYPE_CHECKING:

@@ -360,7 +360,7 @@ class LivePairs:
             condition = {name: value.to(draw.device) for name, value in found.items()}
         source = draw.normal(self.teacher.shape)
         start = self.teacher.path.start(source)
-        with torch.no_grad(), evaluating(self.teacher):
+        with torch.no_grad(), evaluating(self.teacher, draw.device):
             target = integrate(
                 self.guided if self.guided is not None else self.teacher,
                 start,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import nn
 
 from rectiflow.errors import unknown
@@ -192,9 +193,22 @@ class FlowModel(nn.Module):
         return push(self, name, private=private)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer (CPU for a model without any)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 @contextmanager
-def evaluating(field: Any) -> Iterator[None]:
-    """Put a field's modules in evaluation mode for the block, then back as they were."""
+def evaluating(field: Any, device: torch.device | None = None) -> Iterator[None]:
+    """Put a field's modules in evaluation mode for the block, then back as they were.
+
+    With a device they are moved there and stay: that of a training's own process, for a teacher
+    that nobody else has moved.
+    """
+    if device is not None and isinstance(field, nn.Module) and device_of(field) != device:
+        field.to(device)
     modules = [m for m in field.modules() if m.training] if isinstance(field, nn.Module) else []
     for module in modules:
         module.training = False

@@ -56,15 +56,16 @@ class InvertedPairs:
     def draw(self, draw: Draw) -> Pairs:
         target, condition = draw_data(self.data, draw)
         fresh = draw.normal(target.shape[1:])
-        found = invert(
-            self.teacher,
-            target,
-            fresh,
-            steps=self.steps,
-            solver=self.solver,
-            noise=self.noise,
-            **condition,
-        )
+        with evaluating(self.teacher, draw.device):
+            found = invert(
+                self.teacher,
+                target,
+                fresh,
+                steps=self.steps,
+                solver=self.solver,
+                noise=self.noise,
+                **condition,
+            )
         return Pairs(found, target, condition)
 
 

@@ -109,7 +109,7 @@ class PhasedPairs:
         begin, end = grid[first], grid[first + each]
         start = x = path.interpolate(pairs.source, x, begin).to(x.dtype)
         velocity = velocity_of(self.guided if self.guided is not None else self.teacher)
-        with torch.no_grad(), evaluating(self.teacher):
+        with torch.no_grad(), evaluating(self.teacher, start.device):
             for step in range(each):
                 t, s = grid[first + step], grid[first + step + 1]
                 x = first_order_jump(path, velocity(x, t, **pairs.condition), x, t, s)

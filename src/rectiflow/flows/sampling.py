@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import Corrector, integrate
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ def draw_source(
     device = generator.device if generator is not None else torch.device("cpu")
     noise = torch.randn(count, *model.shape, generator=generator, device=device)
     return noise.to(device_of(model))
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    """The device of the first parameter or buffer (CPU for a model without any)."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Independent, TensorData
-from rectiflow.flows.fields import FlowModel
-from rectiflow.flows.sampling import device_of, sample
+from rectiflow.flows.fields import FlowModel, device_of
+from rectiflow.flows.sampling import sample
 from rectiflow.nets import build
 from rectiflow.training.flow_matching import FlowMatching
 from rectiflow.training.optimizers import OptimizerSettings

@@ -23,8 +23,8 @@ from rectiflow.align import (
 from rectiflow.align.method import RewardMethod
 from rectiflow.align.rewards import Brightness, Classifier, fit_linear
 from rectiflow.flows.couplings import Draw, Independent, TensorData
-from rectiflow.flows.fields import FlowModel
-from rectiflow.flows.sampling import device_of, draw_source, sample
+from rectiflow.flows.fields import FlowModel, device_of
+from rectiflow.flows.sampling import draw_source, sample
 from rectiflow.nets import sizes
 from rectiflow.recipes.tools import new_model, stage, train
 from rectiflow.training.data import ImageData

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -183,11 +184,14 @@ def run(settings: Settings, run: Run) -> Result:
             progress.update(progress.done + 1)
             return found
 
+        def score(arm: str, rate: float, seed: int) -> float:
+            return trained(arm, rate, seed).accuracy
+
         for arm in ARMS:
             rates[arm] = best_rate(
                 settings.rates,
                 settings.tuning_seeds,
-                lambda rate, seed, arm=arm: trained(arm, rate, seed).accuracy,
+                partial(score, arm),
             )
             arms[arm] = [trained(arm, rates[arm], seed) for seed in settings.seeds]
     measures = {

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.metrics import transport_cost
-from rectiflow.flows.sampling import device_of
 from rectiflow.images.domain_transfer import DomainTransfer, domain_classifier, transfer
 from rectiflow.images.latent_editing import vary
 from rectiflow.recipes.recipe import Check, Number, Result

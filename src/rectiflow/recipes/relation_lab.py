@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
-from rectiflow.flows.sampling import device_of, draw_source, sample
+from rectiflow.flows.fields import FlowModel, device_of
+from rectiflow.flows.sampling import draw_source, sample
 from rectiflow.guidance import (
     ConditionRectifier,
     PairContrastiveDenoising,

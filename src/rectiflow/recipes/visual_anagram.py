@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from rectiflow.align.rewards import fit_linear
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.guidance import ClassifierFreeGuidance
-from rectiflow.flows.sampling import device_of, draw_source
+from rectiflow.flows.sampling import draw_source
 from rectiflow.guidance.anagram import Anagram
 from rectiflow.guidance.combination import Balance, ClassSimilarity
 from rectiflow.guidance.views import Flip, Identity
