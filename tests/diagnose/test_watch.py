@@ -25,7 +25,6 @@ from rectiflow.flows import FlowModel
 from rectiflow.flows.couplings import Draw, Independent, TensorData
 from rectiflow.nets import MLP
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings
-from rectiflow.training.denoising import Denoising
 
 
 def method(seed: int = 0) -> FlowMatching:
@@ -165,5 +164,3 @@ def test_names() -> None:
         diagnoses(("win-rate",), probe())
     with pytest.raises(ValueError, match="unknown diagnosis"):
         diagnoses(("none",), probe())
-    with pytest.raises(ValueError, match="flow matching and its relatives"):
-        FlowProbe.of(Denoising, 3)

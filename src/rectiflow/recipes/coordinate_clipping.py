@@ -1,0 +1,318 @@
+"""Directional sharpness of optimizers, and clipping the few coordinates that cause it.
+
+A transformer of 70,000 weights learns Python's standard library character by character. Along one
+real training, what other optimizers would do at the same weights is measured: how sharply the loss
+is curved along their directions, and how far one best step would bring it down. Then each trains by
+itself, at the best of four learning rates. The paper does this with pretrained translation and code
+models.
+
+Source: arXiv 2306.00204, sections 3 to 5.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rectiflow.recipes.character_lab import (
+    ADAM,
+    ADAM_CLIPPED,
+    LAST,
+    SGD,
+    SGD_CLIPPED,
+    Look,
+    NetSettings,
+    follow,
+    train,
+)
+from rectiflow.recipes.characters import Characters, standard_library
+from rectiflow.recipes.recipe import Check, Number, Result
+from rectiflow.training.figures import bands
+from rectiflow.training.progress import bar
+from rectiflow.training.report import cell
+from rectiflow.training.runs import Run
+
+CLAIM = (
+    "Along the direction of SGD the loss is curved more sharply than along those of adaptive "
+    "methods, because of few large coordinates of the gradient; clipping those lowers the "
+    "sharpness, and makes SGD faster."
+)
+TUNING = 100
+"""Seed on which learning rates are chosen."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sharpness along real trainings, and trainings of their own."""
+
+    characters: int = 600_000
+    """Length of the text."""
+    net: NetSettings = field(default_factory=NetSettings)
+    """The network whose sharpness is measured."""
+    real: Mapping[str, float] = field(default_factory=lambda: {ADAM: 2e-3, SGD: 0.3})
+    """The real trainings with their learning rates."""
+    looks: tuple[int, ...] = (20, 100, 300)
+    """Steps at which all directions are compared."""
+    held_out: int = 64
+    """Held-out windows on which they are."""
+    small: NetSettings = field(
+        default_factory=lambda: NetSettings(width=32, depth=1, batch_size=16)
+    )
+    """The network that each optimizer trains."""
+    steps: int = 600
+    """Steps of these trainings."""
+    grids: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            SGD: (1.5, 3.0, 6.0, 12.0),
+            SGD_CLIPPED: (5.0, 15.0, 45.0, 135.0),
+            ADAM: (1e-3, 3e-3, 1e-2, 3e-2),
+            ADAM_CLIPPED: (1e-2, 3e-2, 1e-1, 3e-1),
+        }
+    )
+    """Learning rates of each, all tried on one seed of their own."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and windows."""
+
+
+PRESETS = {
+    "quick": Settings(
+        characters=20_000,
+        net=NetSettings(width=8, depth=1, heads=2, length=8, batch_size=4),
+        looks=(4, 8),
+        held_out=8,
+        small=NetSettings(width=8, depth=1, heads=2, length=8, batch_size=4),
+        steps=6,
+        grids={SGD: (1.0, 3.0), SGD_CLIPPED: (3.0,), ADAM: (1e-2,), ADAM_CLIPPED: (3e-2,)},
+        seeds=(0, 1),
+    ),
+    "default": Settings(),
+    "paper": Settings(
+        characters=5_000_000,
+        net=NetSettings(width=256, depth=6, heads=8, length=256, batch_size=32),
+        looks=(100, 1000, 5000),
+        small=NetSettings(width=256, depth=6, heads=8, length=256, batch_size=32),
+        steps=5000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One arm of the comparison.
+
+    Attributes:
+        rate: the chosen learning rate.
+        tried: loss by learning rate on the tuning seed; infinite where it diverged.
+        losses: one loss a seed.
+    """
+
+    rate: float
+    tried: dict[float, float]
+    losses: tuple[float, ...]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate was the smallest or the largest one tried."""
+        return len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
+
+
+def run(settings: Settings, run: Run) -> Result:
+    """Both experiments, their checks and pictures."""
+    text = standard_library(settings.characters)
+    looks = {
+        real: [
+            follow(
+                text,
+                settings.net,
+                real,
+                rate,
+                settings.looks,
+                held_out=settings.held_out,
+                seed=seed,
+            )
+            for seed in settings.seeds
+        ]
+        for real, rate in settings.real.items()
+    }
+    tuned = {name: tune(settings, text, name, grid) for name, grid in settings.grids.items()}
+    return Result(
+        slug="coordinate-clipping",
+        claim=CLAIM,
+        numbers=_numbers(looks, tuned),
+        checks=_checks(looks, tuned),
+        seeds=settings.seeds,
+        notes=_notes(settings, text, tuned),
+        pictures=_draw(settings, looks, tuned, run),
+    )
+
+
+def tune(settings: Settings, text: Characters, name: str, grid: Sequence[float]) -> Tuned:
+    """Train with every learning rate on a seed of its own, then with the best one on all seeds."""
+    trainings = len(grid) + len(settings.seeds)
+    with bar(f"{name} by itself", trainings, unit="trainings") as progress:
+
+        def loss(rate: float, seed: int) -> float:
+            found = train(text, settings.small, name, rate, steps=settings.steps, seed=seed)
+            progress.update(progress.done + 1)
+            return found
+
+        tried = {rate: loss(rate, TUNING) for rate in grid}
+        best = min(tried, key=tried.__getitem__)
+        return Tuned(best, tried, tuple(loss(best, seed) for seed in settings.seeds))
+
+
+def standard_errors(before: Sequence[float], after: Sequence[float]) -> float:
+    """The fall of a mean, in standard errors of the difference; NaN for a single seed.
+
+    Example:
+        >>> round(standard_errors([3.0, 3.2], [2.0, 2.2]), 3)
+        7.071
+    """
+    if len(before) < 2 or len(after) < 2:
+        return math.nan
+    variance = statistics.variance(before) / len(before) + statistics.variance(after) / len(after)
+    fall = statistics.fmean(before) - statistics.fmean(after)
+    return fall / math.sqrt(variance) if variance else math.copysign(math.inf, fall)
+
+
+Looks = Mapping[str, Sequence[Mapping[int, Look]]]
+
+
+def _numbers(looks: Looks, tuned: Mapping[str, Tuned]) -> list[Number]:
+    found = []
+    for real, seeds in looks.items():
+        for step in seeds[0]:
+            where = f"step {step} of {real}"
+            for name in seeds[0][step].sharpness:
+                for quantity, attribute in (
+                    ("sharpness of the direction", "sharpness"),
+                    ("fall of the loss by one best step", "decrease"),
+                    ("cosine with the gradient", "cosine"),
+                ):
+                    values = tuple(getattr(seed[step], attribute)[name] for seed in seeds)
+                    found.append(Number(f"{quantity}, {where}", name, values))
+            energy = tuple(seed[step].energy for seed in seeds)
+            found.append(Number(f"energy in a tenth of coordinates, {where}", "gradient", energy))
+    for name, arm in tuned.items():
+        if all(map(math.isfinite, arm.losses)):
+            found.append(Number("loss after training by itself, nats", name, arm.losses))
+    return found
+
+
+def _checks(looks: Looks, tuned: Mapping[str, Tuned]) -> list[Check]:
+    """The specification's rules, at every look of every real training."""
+    every = [
+        [one for real in looks.values() for one in real[place].values()]
+        for place in range(len(next(iter(looks.values()))))
+    ]
+
+    def each(choose: Callable[[Any], float], measure: Callable[[Look], float]) -> tuple[float, ...]:
+        return tuple(choose(map(measure, seed)) for seed in every)
+
+    sgd, clipped, adam = tuned[SGD], tuned[SGD_CLIPPED], tuned[ADAM]
+    gap = statistics.fmean(sgd.losses) - statistics.fmean(adam.losses)
+    closed = statistics.fmean(sgd.losses) - statistics.fmean(clipped.losses)
+    return [
+        Check(
+            "sharpness of clipped SGD / SGD, largest over looks",
+            each(max, lambda one: one.sharpness[SGD_CLIPPED] / one.sharpness[SGD]),
+            at_most=1.0,
+        ),
+        Check(
+            "sharpness of Adam / SGD, largest over looks",
+            each(max, lambda one: one.sharpness[ADAM] / one.sharpness[SGD]),
+            at_most=1 / 3,
+            broken=1.0,
+        ),
+        Check(
+            "fall by one best step, clipped SGD / SGD, least over looks",
+            each(min, lambda one: one.decrease[SGD_CLIPPED] / max(one.decrease[SGD], 1e-12)),
+            at_least=1.0,
+        ),
+        Check(
+            "loss of SGD above that of clipped SGD, in standard errors",
+            (standard_errors(sgd.losses, clipped.losses),),
+            at_least=2.0,
+            broken=0.0,
+        ),
+        Check(
+            "part of the gap between SGD and Adam that clipping closes",
+            (closed / gap if gap > 0 else math.nan,),
+            at_least=0.25,
+            broken=0.0,
+        ),
+    ]
+
+
+def _notes(settings: Settings, text: Characters, tuned: Mapping[str, Tuned]) -> list[str]:
+    grids = "; ".join(
+        f"{name}: {', '.join(f'{rate:g}' for rate in arm.tried)} (best {arm.rate:g}"
+        f"{', at the edge' if arm.at_edge else ''})"
+        for name, arm in tuned.items()
+    )
+    fall = standard_errors(tuned[ADAM].losses, tuned[ADAM_CLIPPED].losses)
+    if math.isfinite(fall) and fall > 2:
+        adam = "Clipped Adam is better than Adam"
+    elif math.isfinite(fall) and fall < -2:
+        adam = "Clipped Adam is worse than Adam"
+    else:
+        adam = "Clipped Adam and Adam do not differ beyond noise"
+    return [
+        f"{len(text.codes)} characters of Python's standard library, an alphabet of "
+        f"{len(text.alphabet)}; the text differs between versions of Python.",
+        f"Learning rates tried on seed {TUNING}: {grids}.",
+        f"{adam} ({cell(fall)} standard errors).",
+        "The direction of SGD is that of its momentum, a mean over about ten gradients.",
+    ]
+
+
+def _draw(
+    settings: Settings, looks: Looks, tuned: Mapping[str, Tuned], run: Run
+) -> dict[Path, str]:
+    pictures = {}
+    for real, seeds in looks.items():
+        steps = list(seeds[0])
+        names = seeds[0][steps[0]].sharpness
+        drawn = bands(
+            {
+                name: (
+                    steps,
+                    [[abs(seed[step].sharpness[name]) for step in steps] for seed in seeds],
+                )
+                for name in names
+            },
+            run.path(f"sharpness-{real.lower()}.png"),
+            across=f"step of a training by {real}",
+            up="|curvature| along the direction",
+            logarithmic="xy",
+        )
+        last = {
+            name: statistics.fmean(seed[steps[-1]].sharpness[name] for seed in seeds)
+            for name in names
+        }
+        pictures[drawn] = (
+            f"Directional sharpness along a training by {real}; at step {steps[-1]} "
+            f"{cell(last[SGD])} for SGD, {cell(last[SGD_CLIPPED])} clipped, {cell(last[ADAM])} for "
+            "Adam. Band: range of the seeds."
+        )
+    finite = {name: arm for name, arm in tuned.items() if all(map(math.isfinite, arm.losses))}
+    if finite:
+        drawn = bands(
+            {
+                name: ([place], [[loss] for loss in arm.losses])
+                for place, (name, arm) in enumerate(finite.items(), 1)
+            },
+            run.path("trainings.png"),
+            across="optimizer",
+            up=f"loss of the last {min(LAST, settings.steps)} steps, nats",
+        )
+        best = min(finite, key=lambda name: statistics.fmean(finite[name].losses))
+        pictures[drawn] = (
+            f"Loss after {settings.steps} steps at the best of the learning rates tried: lowest "
+            f"with {best}. Bar: range of the seeds."
+        )
+    return pictures
