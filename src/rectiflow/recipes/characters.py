@@ -53,7 +53,7 @@ class Characters:
         *,
         held_out: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Int[Tensor, "count length+1"]:
+    ) -> Int[Tensor, "count letters"]:
         """Stretches from random places: `length` characters to read and the one after.
 
         Args:
@@ -139,7 +139,7 @@ class CharacterModel(nn.Module):
             h = block(h)
         return self.head(self.norm(h))
 
-    def loss(self, windows: Int[Tensor, "b length+1"]) -> Float[Tensor, ""]:
+    def loss(self, windows: Int[Tensor, "b letters"]) -> Float[Tensor, ""]:
         """The mean cross-entropy of the next characters, in nats."""
         answers = self(windows[:, :-1])
         return functional.cross_entropy(answers.flatten(0, 1), windows[:, 1:].flatten())

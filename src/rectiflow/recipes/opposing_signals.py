@@ -208,7 +208,6 @@ def train_and_intervene(
                 probe, kept[begin], groups, rate=settings.rate, steps=settings.after, seed=seed
             )
         )
-        found.spikes.update(intervene(settings, net, kept[begin], probe, judged[0], seed))
     return found, watch.draw()
 
 

@@ -25,38 +25,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Toy:
     """The loss of the two-layer model, its derivatives and its data; weights are `(c, b, b_o)`.
 
-    All functions take weights as the last dimension of `(..., 1 + signal + feature)`.
+    All functions take weights as the last dimension of `(*runs, 1 + signal + feature)`.
 
     Args:
-        target: b*, of any number of dimensions.
+        target: b*, the last dimension; one for all runs or one each.
         variance: lam, the variance of each coordinate of the feature.
         feature: number of its coordinates.
     """
 
-    target: tuple[float, ...]
+    target: Tensor
     variance: float
     feature: int = 1
 
     def parts(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c with a last dimension of 1, b and b_o."""
-        signal = len(self.target)
+        signal = self.target.shape[-1]
         return weights[..., :1], weights[..., 1 : 1 + signal], weights[..., 1 + signal :]
 
     def loss(self, weights: Float[Tensor, "*runs n"]) -> Float[Tensor, "*runs"]:
         """The loss without its constant."""
         c, b, feature = self.parts(weights)
-        missing = weights.new_tensor(self.target) - c * b
+        missing = self.target - c * b
         swing = self.variance * (c * feature).square()
         return (missing.square().sum(-1) + swing.sum(-1)) / 2
 
     def gradient(self, weights: Float[Tensor, "*runs n"]) -> Float[Tensor, "*runs n"]:
         """Its gradient."""
         c, b, feature = self.parts(weights)
-        missing = weights.new_tensor(self.target) - c * b
+        missing = self.target - c * b
         squares = feature.square().sum(-1, keepdim=True)
         outer = self.variance * c * squares - (missing * b).sum(-1, keepdim=True)
         return torch.cat([outer, -c * missing, self.variance * c.square() * feature], -1)
@@ -70,7 +70,7 @@ class Toy:
         matrix[..., 0, 0] = (bent * inner.square()).sum(-1)
         mixed = 2 * c * bent * inner
         mixed = mixed - torch.cat(
-            [weights.new_tensor(self.target).expand_as(b), torch.zeros_like(feature)], -1
+            [self.target.expand_as(b), torch.zeros_like(feature)], -1
         )
         matrix[..., 0, 1:] = matrix[..., 1:, 0] = mixed
         return matrix
@@ -99,7 +99,7 @@ class Toy:
         signs = torch.randn(count, self.feature, **options).sign()
         present = (torch.rand(count, 1, **options) < share).double()
         feature = present * signs * math.sqrt(self.variance / share)
-        target = signal @ signal.new_tensor(self.target)
+        target = signal @ self.target
         target = target + feature.abs().sum(1) / math.sqrt(self.feature)
         return torch.cat([signal, feature], 1), target
 
@@ -110,12 +110,12 @@ class Toy:
 
 def descend(
     toy: Toy,
-    start: Float[Tensor, " n"],
+    start: Float[Tensor, "*runs n"],
     rate: float,
     steps: int,
     *,
     frozen: bool = False,
-) -> Float[Tensor, "steps n"]:
+) -> Float[Tensor, "steps *runs n"]:
     """The weights of gradient descent after 0, 1, ... steps.
 
     Args:
@@ -129,7 +129,7 @@ def descend(
     for _ in range(steps):
         slope = toy.gradient(seen[-1])
         if frozen:
-            slope[0] = 0
+            slope[..., 0] = 0
         seen.append(seen[-1] - rate * slope)
     return torch.stack(seen)
 
@@ -190,8 +190,8 @@ def run_toy(settings: ToySettings) -> ToyFound:
         (True, True)
     """
     start = torch.tensor(settings.start, dtype=torch.float64)
-    toy = Toy((settings.target,), settings.variance)
-    plain = Toy((settings.target,), 0.0)
+    target = torch.tensor([settings.target], dtype=torch.float64)
+    toy, plain = Toy(target, settings.variance), Toy(target, 0.0)
     whole = torch.tensor([1.0, *settings.start[1:]], dtype=torch.float64)
     paths = {
         ARMS[0]: (toy, descend(toy, start, settings.rate, settings.steps)),
@@ -199,13 +199,11 @@ def run_toy(settings: ToySettings) -> ToyFound:
         ARMS[2]: (toy, descend(toy, whole, settings.rate, settings.steps, frozen=True)),
     }
     losses = {arm: model.loss(path).tolist() for arm, (model, path) in paths.items()}
-    flows = {}
-    for target in sorted({*settings.sweep, settings.target}):
-        model = Toy((target,), settings.variance)
-        flows[target] = model.sharpness(
-            descend(model, start, settings.flow_rate, settings.flow_steps)
-        ).tolist()
-    final = {target: flows[target][-1] for target in settings.sweep}
+    targets = sorted({*settings.sweep, settings.target})
+    swept = Toy(torch.tensor(targets, dtype=torch.float64).unsqueeze(1), settings.variance)
+    flow = descend(swept, start.expand(len(targets), -1), settings.flow_rate, settings.flow_steps)
+    flows = dict(zip(targets, swept.sharpness(flow).T.tolist()))
+    final = {value: flows[value][-1] for value in settings.sweep}
     descent = toy.sharpness(paths[ARMS[0]][1]).tolist()
     return ToyFound(
         losses=losses,
