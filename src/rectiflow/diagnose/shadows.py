@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rectiflow.optim.chain import chain
+from rectiflow.optim.chained import chain
 from rectiflow.optim.coordinate_clipping import ClipCoordinates
 from rectiflow.optim.directions import Adam, Momentum
 from rectiflow.optim.split_sign import SplitSign

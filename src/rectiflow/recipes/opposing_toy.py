@@ -69,9 +69,7 @@ class Toy:
         inner = torch.cat([b, feature], -1)
         matrix[..., 0, 0] = (bent * inner.square()).sum(-1)
         mixed = 2 * c * bent * inner
-        mixed = mixed - torch.cat(
-            [self.target.expand_as(b), torch.zeros_like(feature)], -1
-        )
+        mixed = mixed - torch.cat([self.target.expand_as(b), torch.zeros_like(feature)], -1)
         matrix[..., 0, 1:] = matrix[..., 1:, 0] = mixed
         return matrix
 
