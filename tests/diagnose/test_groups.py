@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectiflow.diagnose import Groups, alternation, extremes, matched_groups, random_groups
-from rectiflow.diagnose.groups import label_counts
+from rectiflow.diagnose.groups import label_counts, shuffled
 
 
 @settings(deadline=None, max_examples=40)
@@ -69,6 +69,18 @@ def test_random_groups_take_members_only_where_nothing_else_is_left() -> None:
     assert len(set(drawn.members.tolist())) == 4
     free = random_groups(Groups(torch.tensor([0]), torch.tensor([1])), None, 4)
     assert sorted(free.members.tolist()) == [2, 3]
+
+
+def test_shuffled_groups_deal_all_members_anew() -> None:
+    groups = Groups(torch.arange(4), torch.arange(10, 14))
+    dealt = [shuffled(groups, torch.Generator().manual_seed(seed)) for seed in range(30)]
+    for one in dealt:
+        assert sorted(one.members.tolist()) == [*range(4), *range(10, 14)]
+        assert len(one.plus) == len(one.minus) == 4
+    low = [int((one.plus < 10).sum()) for one in dealt]
+    # Half of each group comes from each side, on average; 30 draws are known to 0.13.
+    assert sum(low) / 30 == pytest.approx(2, abs=0.6)
+    assert len(set(low)) > 1
 
 
 def test_matched_groups_have_the_nearest_losses() -> None:

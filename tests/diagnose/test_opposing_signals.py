@@ -132,7 +132,7 @@ def test_a_permuted_probe_gives_a_permuted_report() -> None:
     )
     assert tuple(order[list(moved.idx_plus)].tolist()) == plain.idx_plus
     assert tuple(order[list(moved.idx_minus)].tolist()) == plain.idx_minus
-    drawn = ("idx_plus", "idx_minus", "cos_rand", "norm_ratio", "label_counts")
+    drawn = ("idx_plus", "idx_minus", "cos_rand", "cos_labels", "norm_ratio", "label_counts")
     for name, value in asdict(replace(plain, step=2)).items():
         if name not in drawn:
             # Sums in another order; the sharpest direction is found from the same start.

@@ -27,7 +27,13 @@ TOY = ToyFound({}, {}, {"two layers": 2.7, "no feature": 1e-7, "one layer": 1e-7
 
 
 def row(**changed: float) -> dict[str, float]:
-    plain = {"cos_pm": -0.8, "cos_rand": 0.1, "proj_plus": 0.9, "proj_minus": -0.9}
+    plain = {
+        "cos_pm": -0.8,
+        "cos_rand": 0.1,
+        "cos_labels": -0.3,
+        "proj_plus": 0.9,
+        "proj_minus": -0.9,
+    }
     return {**plain, "eta_lambda": 2.2, "norm_ratio": 8.0, "share": 0.4, **changed}
 
 

@@ -134,6 +134,19 @@ def random_groups(
     return Groups(torch.tensor(drawn[0]), torch.tensor(drawn[1]))
 
 
+def shuffled(groups: Groups, generator: torch.Generator | None = None) -> Groups:
+    """The members of both groups, dealt anew: two groups with one mix of labels.
+
+    Example:
+        >>> groups = shuffled(Groups(torch.tensor([3, 5]), torch.tensor([1, 8])))
+        >>> sorted(groups.members.tolist())
+        [1, 3, 5, 8]
+    """
+    members = groups.members.cpu()
+    members = members[torch.randperm(len(members), generator=generator)]
+    return Groups(members[: len(groups.plus)], members[len(groups.plus) :])
+
+
 def matched_groups(groups: Groups, losses: Float[Tensor, " n"]) -> Groups:
     """Other samples whose losses are closest to those of the members, one for each.
 

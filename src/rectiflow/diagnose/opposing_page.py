@@ -88,7 +88,8 @@ def _sharpness(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Path, str]
 def _cosines(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Path, str]:
     names = {
         "G+ and G-": "cos_pm",
-        "random groups, same labels": "cos_rand",
+        "random groups, one mix of labels": "cos_rand",
+        "random groups, labels of G+ and G-": "cos_labels",
         "other samples, same losses": "cos_matched",
     }
     lines = {}
@@ -98,10 +99,13 @@ def _cosines(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Path, str]:
             lines[name] = ([row["step"] for row in known], [row[key] for row in known])
     drawn = curves(lines, path, across="training step", up="cosine of the groups' gradients")
     middle = sorted(row["cos_pm"] for row in rows)[len(rows) // 2]
-    usual = sorted(row["cos_rand"] for row in rows)[len(rows) // 2]
+    usual, alike = (
+        sorted(row[key] for row in rows)[len(rows) // 2] for key in ("cos_rand", "cos_labels")
+    )
     return {
         drawn: f"Cosine of the gradients of the two groups: {cell(middle)} in the middle, "
-        f"{cell(usual)} for random groups."
+        f"{cell(usual)} for random groups of one mix of labels, {cell(alike)} for random groups with "
+        "the labels of G+ and of G-."
     }
 
 

@@ -20,6 +20,7 @@ from rectiflow.diagnose.groups import (
     label_counts,
     matched_groups,
     random_groups,
+    shuffled,
 )
 from rectiflow.diagnose.hessian import Hessian
 from rectiflow.diagnose.probes import Probe, chunks, mean_loss, sample_losses, trained
@@ -47,9 +48,12 @@ class OpposingReport:
         share: the part of all absolute changes that both groups carry.
         change_quantiles: the changes of all samples at `QUANTILES`.
         cos_pm: cosine of the groups' mean gradients. Near -1 they oppose each other.
-        cos_rand: the same of random groups with the same label mix, on average.
+        cos_rand: the same of two random groups that both have the label mix of G+ and G- together,
+            on average over several.
+        cos_labels: the same of random groups of which one has the label mix of G+ and the other
+            that of G-: how far labels alone explain the opposition.
         cos_matched: the same of other samples with the same losses; None where there are too few.
-        norm_ratio: mean length of the groups' gradients over that of random groups.
+        norm_ratio: mean length of the groups' gradients over that of the groups of `cos_rand`.
         cancellation: length of the sum of both gradients over the sum of lengths; 0 if they cancel.
         sharpness: largest eigenvalue of the Hessian of the mean loss.
         eta_lambda: learning rate times sharpness. Plain descent is stable below 2, with momentum b
@@ -74,6 +78,7 @@ class OpposingReport:
     change_quantiles: tuple[float, ...]
     cos_pm: float
     cos_rand: float
+    cos_labels: float
     cos_matched: float | None
     norm_ratio: float
     cancellation: float
@@ -95,8 +100,9 @@ class OpposingSignals:
     it. Their gradients nearly cancel, and together make the sharpest direction there is: past the
     edge of stability the weights swing along it, one group's loss rises while the other's falls,
     and the total loss spikes. Before that edge nothing of the kind is to be seen, so look at
-    `eta_lambda` first. Samples that move much always have large gradients; what is found counts as
-    far as it differs from the controls, `cos_rand` and `cos_matched`.
+    `eta_lambda` first. Samples that move much always have large gradients, and groups of different
+    labels often disagree; what is found counts as far as it differs from the controls, `cos_rand`,
+    `cos_labels` and `cos_matched`.
 
     Call `observe` after every training step: losses are needed after consecutive ones. A report
     costs a pass over the probe for these, a few over the groups, and some five Hessian products. It
@@ -112,7 +118,7 @@ class OpposingSignals:
         window: changes over which groups are chosen: 1 for the last step's, more for the
             alternating part of so many.
         sharpness: compute sharpness, and what is measured along the sharpest direction.
-        controls: pairs of random groups to compare with.
+        controls: pairs of random groups of each kind to compare with.
         batch_size: samples of the probe at once; all by default.
         batch_statistics: let batch normalisation use the probe's statistics; all samples go at
             once.
@@ -214,10 +220,11 @@ class OpposingSignals:
         plus, minus = rising.gradient(), falling.gradient()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         labels, count = self.probe.labels, len(self.probe)
-        drawn = [
-            random_groups(groups, labels, count, generator=generator) for _ in range(self.controls)
-        ]
-        random = [self._gradients(pair) for pair in drawn]
+        random, alike = [], []
+        for _ in range(self.controls):
+            mixed = shuffled(groups, generator)
+            random.append(self._control(mixed, generator))
+            alike.append(self._control(groups, generator))
         matched = None
         if 4 * self.size <= count:
             matched = cosine(*self._gradients(matched_groups(groups, before)))
@@ -239,6 +246,7 @@ class OpposingSignals:
             change_quantiles=tuple(change.quantile(spread).tolist()),
             cos_pm=cosine(plus, minus),
             cos_rand=sum(cosine(*pair) for pair in random) / len(random),
+            cos_labels=sum(cosine(*pair) for pair in alike) / len(alike),
             cos_matched=matched,
             norm_ratio=both / usual if usual else 0.0,
             cancellation=float((plus + minus).norm()) / both if both else 0.0,
@@ -255,6 +263,11 @@ class OpposingSignals:
                 "minus": label_counts(groups.minus, labels),
             },
         )
+
+    def _control(self, groups: Groups, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Gradients of random groups that have the labels of these."""
+        labels, count = self.probe.labels, len(self.probe)
+        return self._gradients(random_groups(groups, labels, count, generator=generator))
 
     def _gradients(self, groups: Groups) -> tuple[Tensor, Tensor]:
         return self._of_group(groups.plus).gradient(), self._of_group(groups.minus).gradient()

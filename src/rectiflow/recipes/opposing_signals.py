@@ -240,7 +240,12 @@ def _numbers(toy: ToyFound, found: Sequence[Found]) -> list[Number]:
     ]
     if not seeds:
         return listed
-    cosines = {"groups": "cos_pm", "random groups": "cos_rand", "equal losses": "cos_matched"}
+    cosines = {
+        "groups": "cos_pm",
+        "random groups": "cos_rand",
+        "random groups with the groups' labels": "cos_labels",
+        "other samples with the groups' losses": "cos_matched",
+    }
     title = "cosine of the two groups' gradients at rises, median"
     for arm, key in cosines.items():
         listed.append(Number(title, arm, tuple(one.median(key) for one in seeds)))
