@@ -25,7 +25,7 @@ def descend(watched: SampleProbe, steps: int, look: OpposingSignals | None = Non
         watched.losses(torch.arange(len(watched))).mean().backward()
         optimizer.step()
         if look is not None:
-            found.append(look.observe(step, learning_rate=RATE))
+            found.append(look.observe(step, optimizer))
     return found
 
 
@@ -52,6 +52,7 @@ def test_a_report_by_hand() -> None:
     assert report.change_minus == pytest.approx(float(change[minus].mean()))
     share = change[plus + minus].abs().sum() / change.abs().sum()
     assert report.share == pytest.approx(float(share))
+    assert report.swapped is None, "two losses are too few to see groups swap"
     assert report.change_quantiles[0] == pytest.approx(float(change.min()))
     assert report.change_quantiles[4] == pytest.approx(float(change.median()), abs=0.1)
     assert len(report.change_quantiles) == len(QUANTILES)
@@ -172,7 +173,7 @@ def test_only_needed_losses_are_taken() -> None:
     watched = probe()
     look = OpposingSignals(watched, every=5, size=2, sharpness=False)
     descend(watched, 10, look)
-    assert look.steps == [4, 5, 9, 10]
+    assert look.steps == [3, 4, 5, 8, 9, 10]
     assert look.history([0, 3]) == pytest.approx(
         [float(losses[[0, 3]].mean()) for losses in look.losses]
     )
@@ -202,6 +203,17 @@ def test_groups_of_a_window_are_those_that_swing() -> None:
     report = look._report(4, swing.double(), None)
     assert report.idx_plus == (2,)
     assert report.idx_minus == (7,)
+
+
+def test_groups_that_swap_sides_are_counted() -> None:
+    look = OpposingSignals(probe(), every=1, size=2, sharpness=False)
+    losses = torch.zeros(3, 12, dtype=torch.float64)
+    losses[1, :4] = torch.tensor([5.0, -5.0, 1.0, -1.0])
+    # Of G-, 1 and 3, both rise now; then only one of them is among those that rise most.
+    assert look._report(2, losses, None).swapped == 1
+    losses[2, 9] = 7
+    assert look._report(2, losses, None).swapped == 0.5
+    assert look._report(2, losses[1:], None).swapped is None
 
 
 def test_nothing_of_the_training_changes() -> None:

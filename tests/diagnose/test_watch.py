@@ -11,19 +11,24 @@ from tests.diagnose.tiny import classifier, data, dense, probe
 from torch.nn import functional
 
 from rectiflow.diagnose import (
+    DIAGNOSES,
     Diagnosis,
     FlowProbe,
     OpposingSignals,
     SampleProbe,
+    ScaleInvariance,
     Sharpness,
     Watch,
     diagnoses,
     parse_diagnoses,
     sample_losses,
 )
-from rectiflow.flows import FlowModel
+from rectiflow.diagnose.watch import as_row
+from rectiflow.distill import PhasedRectifiedDiffusion
+from rectiflow.flows import FlowModel, PhasedPairs
 from rectiflow.flows.couplings import Draw, Independent, TensorData
 from rectiflow.nets import MLP
+from rectiflow.recipes.catalog import SYSTEMS
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings
 
 
@@ -48,8 +53,8 @@ def train(folder: Path | None, names: str = "", *, steps: int = 6, resume: bool 
         checkpoint_every=3,
         optim=OptimizerSettings(learning_rate=0.01, schedule="linear"),
     )
-    look = diagnoses(parse_diagnoses(names), FlowProbe.of(flow, 24), every=3, batch_size=10)
-    watch = Watch(look, None if folder is None else folder / "diagnose")
+    look = diagnoses(parse_diagnoses(names), flow, every=3, count=24, batch_size=10)
+    watch = Watch(look, folder)
     torch.manual_seed(1)
     trainer = Trainer(flow, settings, folder=folder, callbacks=[watch] if names else [])
     return trainer.fit(resume=resume).state_dict(), watch
@@ -72,11 +77,14 @@ def test_training_does_not_notice_and_files_are_left(tmp_path: Path) -> None:
     # The rate falls from 0.01 to 0 over six steps; the third was the one of number 2.
     row = watch.rows["sharpness"][0]
     assert row["eta_lambda"] == pytest.approx(0.01 * (1 - 2 / 6) * row["sharpness"])
-    assert {path.name for path in watch.pictures} == {
+    assert {path.name for path in folder.glob("*.png")} == {
         "opposing-losses.png", "opposing-sharpness.png", "opposing-cosines.png",
-        "opposing-samples.png", "sharpness.png", "sharpness-layers.png",
+        "opposing-samples.png", "sharpness.png",
     }  # fmt: skip
-    assert all(path.is_file() for path in watch.pictures)
+    # No weight of this network stands in front of a normalisation alone.
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert all(f"<h2>{name}</h2>" in page for name in names.split(","))
     # Resumed from step 3, the later line is written again and the earlier one kept.
     for checkpoint in (tmp_path / "checkpoints").glob("*6*"):
         checkpoint.unlink() if checkpoint.is_file() else _remove(checkpoint)
@@ -97,7 +105,7 @@ def _remove(folder: Path) -> None:
 
 def test_a_flow_probe_is_what_flow_matching_regresses_on() -> None:
     flow = method()
-    watched = FlowProbe.of(flow, 12, seed=5)
+    watched = FlowProbe(flow, 12, seed=5)
     draw = Draw.of(12, seed=5 + 7_654_321)
     pairs = flow.coupling.draw(draw)
     t = flow.times.sample(12, generator=draw.generator)
@@ -110,22 +118,36 @@ def test_a_flow_probe_is_what_flow_matching_regresses_on() -> None:
     assert wanted.shape == (12,)
     assert torch.equal(watched.labels, pairs.condition["label"])
     assert torch.equal(watched.pictures(torch.tensor([3])), pairs.target[[3]])
-    other = FlowProbe.of(flow, 12, seed=6)
-    assert not torch.equal(other.t, watched.t)
-    with pytest.raises(ValueError, match="no loss of a single sample"):
-        FlowProbe.of(object(), 3)
+    other = FlowProbe(flow, 12, seed=6)
+    assert not torch.equal(other.drawn[1], watched.drawn[1])
+
+    class Other(FlowMatching):
+        def loss(self, draw: Draw) -> torch.Tensor:
+            return draw.normal((1,)).mean()
+
+    with pytest.raises(ValueError, match="Other has no loss of single pairs"):
+        FlowProbe(Other(flow.model, flow.coupling))
+
+
+def test_pairs_that_hold_more_than_pairs_are_cut_row_by_row() -> None:
+    model = FlowModel(MLP(shape=(2,), width=8, depth=1, zero=False), shape=(2,))
+    flow = PhasedRectifiedDiffusion(model, PhasedPairs(model, torch.randn(20, 2), 2, 4))
+    watched = FlowProbe(flow, 6)
+    assert torch.allclose(
+        sample_losses(watched, batch_size=1), sample_losses(watched), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_sharpness_by_hand() -> None:
     model, (x, y) = classifier(), data()
-    look = Sharpness(SampleProbe(model, x, y), every=3)
+    look = Sharpness(SampleProbe(model, x, y), every=3, layers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for step in range(1, 4):
         optimizer.zero_grad()
         functional.cross_entropy(model(x), y).backward()
         before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
         optimizer.step()
-        report = look.observe(step, learning_rate=0.2)
+        report = look.observe(step, optimizer)
         assert (report is None) == (step < 3)
     matrix = dense(model, lambda answer: functional.cross_entropy(answer(x), y))
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -138,7 +160,7 @@ def test_sharpness_by_hand() -> None:
     assert report.layers["2"] == pytest.approx(float(top), rel=1e-3)
     assert 0 < report.cosine <= 1
     # Weights that did not move have no direction.
-    still = Sharpness(SampleProbe(model, x, y), every=2, layers=False)
+    still = Sharpness(SampleProbe(model, x, y), every=2)
     still.observe(1)
     report = still.observe(2)
     assert (report.along_step, report.cosine, report.eta_lambda, report.layers) == (
@@ -147,20 +169,28 @@ def test_sharpness_by_hand() -> None:
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
-    for diagnosis in diagnoses(parse_diagnoses("sharpness,opposing-signals"), probe()):
+    for diagnosis in (OpposingSignals(probe()), Sharpness(probe()), ScaleInvariance(probe())):
         assert diagnosis.draw([], tmp_path) == {}
-    assert Watch([Sharpness(probe())]).draw() == {}
+
+
+def test_layers_have_a_plot(tmp_path: Path) -> None:
+    look = Sharpness(probe(), every=1, layers=True)
+    drawn = look.draw([as_row(look.observe(step)) for step in (1, 2)], tmp_path)
+    assert [path.name for path in drawn] == ["sharpness.png", "sharpness-layers.png"]
+    assert all(path.is_file() for path in drawn)
 
 
 def test_names() -> None:
-    made = diagnoses(("opposing-signals", "sharpness"), probe(), every=7)
-    assert [type(diagnosis) for diagnosis in made] == [OpposingSignals, Sharpness]
+    made = diagnoses(tuple(DIAGNOSES), method(), every=7)
+    assert [diagnosis.name for diagnosis in made] == list(DIAGNOSES)
     assert all(isinstance(diagnosis, Diagnosis) and diagnosis.every == 7 for diagnosis in made)
+    systems = {system.slug for system in SYSTEMS}
+    assert {entry.system for entry in DIAGNOSES.values()} <= systems
     with pytest.raises(ValueError, match="did you mean 'sharpness'"):
         parse_diagnoses("sharpnes")
     with pytest.raises(ValueError, match="named twice"):
         parse_diagnoses("sharpness,sharpness")
-    with pytest.raises(ValueError, match="has no win rate"):
-        diagnoses(("win-rate",), probe())
     with pytest.raises(ValueError, match="unknown diagnosis"):
-        diagnoses(("none",), probe())
+        diagnoses(("none",), method())
+    # What needs no probe takes any method.
+    assert [look.name for look in diagnoses(("win-rate",), object())] == ["win-rate"]

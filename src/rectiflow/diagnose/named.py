@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from rectiflow.diagnose.opposing_signals import OpposingSignals
-from rectiflow.diagnose.probes import Probe
+from rectiflow.diagnose.probes import FlowProbe
 from rectiflow.diagnose.scale_invariance import ScaleInvariance
 from rectiflow.diagnose.sharpness import Sharpness
 from rectiflow.diagnose.watch import Diagnosis
 from rectiflow.diagnose.win_rate import WinRate
 from rectiflow.errors import unknown
 
-DIAGNOSES = (OpposingSignals.name, ScaleInvariance.name, Sharpness.name, WinRate.name)
+
+@dataclass(frozen=True)
+class Entry:
+    """A diagnosis that has a name.
+
+    Attributes:
+        make: builds it from a function that gives the probe, steps between looks, and samples of
+            the probe at once.
+        system: the published system it belongs to, for citations.
+    """
+
+    make: Callable[[Callable[[], FlowProbe], int, int | None], Diagnosis]
+    system: str
+
+
+DIAGNOSES = {
+    "opposing-signals": Entry(
+        lambda probe, every, size: OpposingSignals(probe(), every=every, batch_size=size),
+        "opposing-signals",
+    ),
+    "scale-invariance": Entry(
+        lambda probe, every, size: ScaleInvariance(probe(), every=every, batch_size=size),
+        "adamp",
+    ),
+    "sharpness": Entry(
+        lambda probe, every, size: Sharpness(probe(), every=every, batch_size=size),
+        "coordinate-clipping",
+    ),
+    "win-rate": Entry(lambda probe, every, size: WinRate(every=every), "sophia"),
+}
 
 
 def parse_diagnoses(text: str) -> tuple[str, ...]:
@@ -39,34 +70,26 @@ def parse_diagnoses(text: str) -> tuple[str, ...]:
 
 def diagnoses(
     names: Sequence[str],
-    probe: Probe,
+    method: Any,
     *,
     every: int = 100,
+    count: int = 256,
     batch_size: int | None = None,
-    optimizer: Any = None,
-    seed: int = 0,
 ) -> list[Diagnosis]:
-    """Diagnoses of a training by name.
+    """Diagnoses of a training by name, all on one probe.
 
     Args:
         names: see `DIAGNOSES`.
-        probe: the samples they look at, such as `FlowProbe.of(method)`.
+        method: what is trained.
         every: steps between looks.
+        count: samples of the probe.
         batch_size: samples of the probe at once; all by default.
-        optimizer: the optimizer of the training, for `win-rate`.
-        seed: of what they draw.
 
     Raises:
-        ValueError: an unknown name; `win-rate` for an optimizer without one.
+        ValueError: an unknown name; a method that has no `FlowProbe`, where one is needed.
     """
-    some: dict[str, Any] = {"every": every, "batch_size": batch_size, "seed": seed}
-    makers = {
-        OpposingSignals.name: lambda: OpposingSignals(probe, **some),
-        ScaleInvariance.name: lambda: ScaleInvariance(probe, every=every),
-        Sharpness.name: lambda: Sharpness(probe, **some),
-        WinRate.name: lambda: WinRate(optimizer, every=every),
-    }
     for name in names:
-        if name not in makers:
-            raise unknown("diagnosis", name, makers)
-    return [makers[name]() for name in names]
+        if name not in DIAGNOSES:
+            raise unknown("diagnosis", name, DIAGNOSES)
+    probe = cache(lambda: FlowProbe(method, count))
+    return [DIAGNOSES[name].make(probe, every, batch_size) for name in names]

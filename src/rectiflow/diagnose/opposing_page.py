@@ -104,8 +104,8 @@ def _cosines(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Path, str]:
     )
     return {
         drawn: f"Cosine of the gradients of the two groups: {cell(middle)} in the middle, "
-        f"{cell(usual)} for random groups of one mix of labels, {cell(alike)} for random groups with "
-        "the labels of G+ and of G-."
+        f"{cell(usual)} for random groups of one mix of labels, {cell(alike)} for random groups "
+        "with the labels of G+ and of G-."
     }
 
 

@@ -23,7 +23,7 @@ from rectiflow.diagnose.groups import (
     shuffled,
 )
 from rectiflow.diagnose.hessian import Hessian
-from rectiflow.diagnose.probes import Probe, chunks, mean_loss, sample_losses, trained
+from rectiflow.diagnose.probes import Probe, chunks, mean_loss, rate_of, sample_losses, trained
 from rectiflow.errors import positive
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class OpposingReport:
         change_plus: how much that of G+ rose.
         change_minus: how much that of G- rose (it is negative as a rule).
         share: the part of all absolute changes that both groups carry.
+        swapped: the part of G+ that was in G- one step before: near 1 where the groups swing. None
+            where too few steps before were seen.
         change_quantiles: the changes of all samples at `QUANTILES`.
         cos_pm: cosine of the groups' mean gradients. Near -1 they oppose each other.
         cos_rand: the same of two random groups that both have the label mix of G+ and G- together,
@@ -75,6 +77,7 @@ class OpposingReport:
     change_plus: float
     change_minus: float
     share: float
+    swapped: float | None
     change_quantiles: tuple[float, ...]
     cos_pm: float
     cos_rand: float
@@ -136,11 +139,12 @@ class OpposingSignals:
         >>> model = torch.nn.Linear(2, 2)
         >>> probe = SampleProbe(model, torch.randn(8, 2), torch.arange(8) % 2)
         >>> opposing = OpposingSignals(probe, every=1, size=2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> for step in (1, 2):
-        ...     model.zero_grad()
+        ...     optimizer.zero_grad()
         ...     probe.losses(torch.arange(8)).mean().backward()
-        ...     torch.optim.SGD(model.parameters(), lr=0.1).step()
-        ...     report = opposing.observe(step, learning_rate=0.1)
+        ...     optimizer.step()
+        ...     report = opposing.observe(step, optimizer)
         >>> len(report.idx_plus), report.eta_lambda < 2
         (2, True)
 
@@ -174,20 +178,21 @@ class OpposingSignals:
         self.batch_statistics, self.seed = batch_statistics, seed
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
-        self._recent: deque[Tensor] = deque(maxlen=window + 1)
+        self._recent: deque[Tensor] = deque(maxlen=window + 2)
         self._direction: Tensor | None = None
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> OpposingReport | None:
+    def observe(self, step: int, optimizer: Any = None) -> OpposingReport | None:
         """Look at the model after a training step.
 
         Args:
             step: number of the step, counted up one by one.
-            learning_rate: the rate of the step, for `eta_lambda`.
+            optimizer: what took the step; its learning rate is that of `eta_lambda`.
 
         Returns:
             a report of steps that are due, as soon as enough steps before them were seen.
         """
-        if not (self.on_rise or -step % self.every <= self.window):
+        # One step more than the window needs, to see whether groups swap sides.
+        if not (self.on_rise or -step % self.every <= self.window + 1):
             return None
         if not self.steps or step != self.steps[-1] + 1:
             self._recent.clear()
@@ -202,7 +207,7 @@ class OpposingSignals:
         rose = self.on_rise and bool(losses.mean() > self._recent[-2].mean())
         if not rose and step % self.every:
             return None
-        return self._report(step, torch.stack(list(self._recent)), learning_rate)
+        return self._report(step, torch.stack(list(self._recent)), rate_of(optimizer))
 
     def history(self, group: Sequence[int]) -> list[float]:
         """The mean loss of some samples after each step in `steps`, past and future alike."""
@@ -215,7 +220,11 @@ class OpposingSignals:
     def _report(self, step: int, losses: Tensor, rate: float | None) -> OpposingReport:
         before, after = losses[-2], losses[-1]
         change = after - before
-        groups = extremes(alternation(losses), self.size)
+        groups = extremes(alternation(losses[-1 - self.window :]), self.size)
+        swapped = None
+        if len(losses) > self.window + 1:
+            fell = extremes(alternation(losses[:-1]), self.size).minus
+            swapped = float(torch.isin(groups.plus, fell).double().mean())
         rising, falling = self._of_group(groups.plus), self._of_group(groups.minus)
         plus, minus = rising.gradient(), falling.gradient()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -243,6 +252,7 @@ class OpposingSignals:
             change_plus=float(change[groups.plus].mean()),
             change_minus=float(change[groups.minus].mean()),
             share=float(change[groups.members].abs().sum()) / moved if moved else 0.0,
+            swapped=swapped,
             change_quantiles=tuple(change.quantile(spread).tolist()),
             cos_pm=cosine(plus, minus),
             cos_rand=sum(cosine(*pair) for pair in random) / len(random),

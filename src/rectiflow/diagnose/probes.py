@@ -8,7 +8,8 @@ their randomness would drown what the weights do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from rectiflow.diagnose.looking import untouched
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Draw, Pairs
 from rectiflow.flows.sampling import device_of
+from rectiflow.training.flow_matching import FlowMatching
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -103,75 +105,83 @@ class SampleProbe:
 
 @dataclass(frozen=True, eq=False)
 class FlowProbe:
-    """Pairs with times for a flow: what flow matching regresses on, drawn once.
+    """Pairs with times for a flow: what flow matching regresses on, drawn once, at the first look.
 
     Args:
-        method: the method, with `model` and `losses(pairs, t, condition)` as `FlowMatching` has.
-        pairs: sources with targets and conditions.
-        t: the time of each pair.
+        method: what is trained: flow matching, or a method that only changes its pairs, times and
+            single losses, as reflow and one-step distillation do.
+        count: number of samples.
+        seed: which samples, noises and times.
+
+    Raises:
+        ValueError: a method whose loss is another one.
     """
 
-    method: Any
-    pairs: Pairs
-    t: Tensor
-    labels: Tensor | None = field(init=False)
+    method: FlowMatching
+    count: int = 256
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", self.pairs.condition.get("label"))
-
-    @classmethod
-    def of(cls, method: Any, count: int = 256, *, seed: int = 0) -> FlowProbe:
-        """Draw a probe from a method's own pairs and times.
-
-        Args:
-            method: the method that is trained.
-            count: number of samples.
-            seed: which samples, noises and times.
-
-        Raises:
-            ValueError: a method without losses of single samples.
-        """
-        positive("count", count)
-        if not callable(getattr(method, "losses", None)) or not hasattr(method, "times"):
+        positive("count", self.count)
+        kind = type(self.method)
+        if getattr(kind, "loss", None) is not FlowMatching.loss:
             raise ValueError(
-                f"{type(method).__name__} has no loss of a single sample at a time: diagnoses take "
-                "flow matching and its relatives"
+                f"{kind.__name__} has no loss of single pairs at single times, which sharpness, "
+                "opposing signals and scale invariance are found by: leave those out here"
             )
+
+    @cached_property
+    def drawn(self) -> tuple[Pairs, Tensor]:
+        """The pairs and their times, on the model's device."""
         # A seed far from those of trainings, whose first batch this must not be.
-        generator = torch.Generator(device_of(method.model))
-        draw = Draw.of(count, seed=seed + 7_654_321, generator=generator)
-        pairs = method.coupling.draw(draw)
-        t = method.times.sample(count, generator=draw.generator)
-        return cls(method, pairs, t.to(pairs.target.dtype))
+        generator = torch.Generator(device_of(self.method.model))
+        draw = Draw.of(self.count, seed=self.seed + 7_654_321, generator=generator)
+        pairs = self.method.coupling.draw(draw)
+        t = self.method.times.sample(self.count, generator=draw.generator)
+        return pairs, t.to(pairs.target.dtype)
 
     @property
     def model(self) -> nn.Module:
         return self.method.model
 
+    @property
+    def labels(self) -> Tensor | None:
+        return self.drawn[0].condition.get("label")
+
     def __len__(self) -> int:
-        return len(self.t)
+        return self.count
 
     def losses(self, indices: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        chosen = indices.to(self.t.device)
-        pairs, condition = self.pairs, _rows(self.pairs.condition, chosen)
-        part = Pairs(pairs.source[chosen], pairs.target[chosen], condition)
-        return self.method.losses(part, self.t[chosen], condition)
+        pairs, t = self.drawn
+        chosen = indices.to(t.device)
+        part = replace(pairs, **_rows(vars(pairs), chosen))
+        return self.method.losses(part, t[chosen], part.condition)
 
     def pictures(self, indices: Int[Tensor, " b"]) -> Tensor | None:
-        chosen = self.pairs.target[indices.to(self.t.device)]
-        return chosen if chosen.ndim == 4 else None
+        pairs, t = self.drawn
+        return pairs.target[indices.to(t.device)] if pairs.target.ndim == 4 else None
 
 
-def _rows(condition: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
+def _rows(table: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
+    """Some rows of every tensor in a table and in tables inside it."""
     return {
-        name: value[indices] if isinstance(value, Tensor) else value
-        for name, value in condition.items()
+        name: value[indices]
+        if isinstance(value, Tensor)
+        else _rows(value, indices)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in table.items()
     }
 
 
 def trained(probe: Probe) -> list[Tensor]:
     """The weights of a probe's model that are trained."""
     return [p for p in probe.model.parameters() if p.requires_grad]
+
+
+def rate_of(optimizer: Any) -> float | None:
+    """The learning rate of the step that an optimizer has just taken; None without an optimizer."""
+    return None if optimizer is None else float(optimizer.param_groups[0]["lr"])
 
 
 def chunks(probe: Probe, batch_size: int | None) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from rectiflow.diagnose.hessian import Hessian
-from rectiflow.diagnose.probes import Probe, chunks, mean_loss
+from rectiflow.diagnose.probes import Probe, chunks, mean_loss, rate_of
 from rectiflow.errors import positive
 from rectiflow.training.figures import curves
 from rectiflow.training.report import cell
@@ -115,12 +115,10 @@ class InvarianceReport:
     Attributes:
         step: number of the step.
         weights: name to its test.
-        growth: name to the length over that of the first report.
     """
 
     step: int
     weights: Mapping[str, Invariance]
-    growth: Mapping[str, float]
 
 
 class ScaleInvariance:
@@ -134,6 +132,8 @@ class ScaleInvariance:
             normalisation goes.
         every: steps between reports.
         delta: see `invariance_report`.
+        batch_size: samples of the probe at once, which is what batch normalisation sees; all by
+            default.
 
     Raises:
         ValueError: numbers that are not positive.
@@ -143,19 +143,20 @@ class ScaleInvariance:
 
     name: ClassVar[str] = "scale-invariance"
 
-    def __init__(self, probe: Probe, *, every: int = 100, delta: float = 0.1) -> None:
+    def __init__(
+        self, probe: Probe, *, every: int = 100, delta: float = 0.1, batch_size: int | None = None
+    ) -> None:
         positive("every", every)
         positive("delta", delta)
-        self.probe, self.every, self.delta = probe, every, delta
-        self._first: dict[str, float] = {}
+        self.probe, self.every, self.delta, self.batch_size = probe, every, delta, batch_size
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> InvarianceReport | None:
+    def observe(self, step: int, optimizer: Any = None) -> InvarianceReport | None:
         """Look at the model after a training step; returns a report every so many steps."""
         if step % self.every:
             return None
         model = self.probe.model
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        batches = chunks(self.probe, None)
+        batches = chunks(self.probe, self.batch_size)
         hessian = Hessian(
             mean_loss(self.probe, batches),
             weights.values(),
@@ -164,14 +165,9 @@ class ScaleInvariance:
             batch_statistics=True,
         )
         gradients = dict(zip(weights, hessian.unflatten(hessian.gradient())))
-        found = invariance_report(weights, gradients, delta=self.delta, learning_rate=learning_rate)
-        self._first = self._first or {name: weight.norm for name, weight in found.items()}
-        growth = {
-            name: weight.norm / self._first[name]
-            for name, weight in found.items()
-            if self._first.get(name)
-        }
-        return InvarianceReport(step, found, growth)
+        rate = rate_of(optimizer)
+        found = invariance_report(weights, gradients, delta=self.delta, learning_rate=rate)
+        return InvarianceReport(step, found)
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[Path, str]:
         """Plot the lengths of weights that pass the test; file to caption."""
@@ -189,7 +185,8 @@ class ScaleInvariance:
             across="training step",
             up="length of the weight",
         )
-        most = max(rows[-1]["growth"].get(name, 1.0) for name in passed)
+        first = rows[0]["weights"]
+        most = max(last[n]["norm"] / (first[n]["norm"] or 1.0) for n in passed)
         return {
             drawn: f"Lengths of the {len(passed)} of {len(kinds)} weights that are scale-invariant "
             f"at the end; the largest has become {cell(most)} times as long."

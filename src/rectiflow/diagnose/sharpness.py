@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from rectiflow.diagnose.directions import directional_sharpness
 from rectiflow.diagnose.eigenpairs import top_eigenpair
 from rectiflow.diagnose.hessian import Hessian
-from rectiflow.diagnose.layers import block_sharpness, layers_of
-from rectiflow.diagnose.probes import Probe, chunks, mean_loss, trained
+from rectiflow.diagnose.probes import Probe, chunks, mean_loss, rate_of, trained
 from rectiflow.errors import positive
 from rectiflow.training.figures import curves
 from rectiflow.training.report import cell
@@ -56,7 +56,7 @@ class Sharpness:
     Args:
         probe: the samples over which the loss is averaged.
         every: steps between reports.
-        layers: also look at each layer.
+        layers: also look at each layer, which takes some ten Hessian products for each.
         batch_size: samples of the probe at once; all by default.
         batch_statistics: let batch normalisation use the probe's statistics; all samples go at
             once.
@@ -75,7 +75,7 @@ class Sharpness:
         probe: Probe,
         *,
         every: int = 100,
-        layers: bool = True,
+        layers: bool = False,
         batch_size: int | None = None,
         batch_statistics: bool = False,
         seed: int = 0,
@@ -87,9 +87,9 @@ class Sharpness:
         self._before: tuple[int, list[Tensor]] | None = None
         self._direction: Tensor | None = None
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> SharpnessReport | None:
+    def observe(self, step: int, optimizer: Any = None) -> SharpnessReport | None:
         """Look at the model after a training step; returns a report every so many steps."""
-        found = self._report(step, learning_rate) if step % self.every == 0 else None
+        found = self._report(step, rate_of(optimizer)) if step % self.every == 0 else None
         if (step + 1) % self.every == 0:
             self._before = (step, [p.detach().clone() for p in trained(self.probe)])
         return found
@@ -154,3 +154,59 @@ class Sharpness:
             along_step=None if found is None else found.sharpness,
             cosine=None if found is None else found.cosine,
         )
+
+
+def layers_of(module: nn.Module) -> dict[str, list[Tensor]]:
+    """The trained weights by the layer that holds them, in order; shared ones only once.
+
+    Example:
+        >>> {name: len(held) for name, held in layers_of(nn.Sequential(nn.Linear(2, 3))).items()}
+        {'0': 2}
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            found.setdefault(name.rpartition(".")[0] or name, []).append(p)
+    return found
+
+
+def block_sharpness(
+    loss: Callable[[Any], Tensor],
+    blocks: Mapping[str, Sequence[Any]],
+    batches: Sequence[Any],
+    *,
+    module: nn.Module | None = None,
+    batch_statistics: bool = False,
+    steps: int = 20,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """How sharply the loss is curved when one layer moves and the others stay.
+
+    None of these exceeds the sharpness of all weights together. Early layers, which meet the
+    largest features of the data, are usually the sharpest.
+
+    Args:
+        loss: from a batch to the mean loss over it.
+        blocks: name to weights, such as `layers_of(model)`.
+        batches: what the loss is averaged over.
+        module: the model, which is looked at in evaluation mode.
+        batch_statistics: see `Hessian`.
+        steps: most Hessian-vector products a block.
+        tolerance: largest residual, as a part of the eigenvalue.
+        generator: the source of randomness, on the weights' device.
+
+    Example:
+        >>> a, b = (torch.tensor(w, requires_grad=True) for w in (1.0, 2.0))
+        >>> found = block_sharpness(lambda _: a**2 + 3 * b**2, {"a": [a], "b": [b]}, [None])
+        >>> {name: round(value, 4) for name, value in found.items()}
+        {'a': 2.0, 'b': 6.0}
+
+    Source: arXiv 2311.04163, section 3.
+    """
+    found = {}
+    for name, params in blocks.items():
+        hessian = Hessian(loss, params, batches, module=module, batch_statistics=batch_statistics)
+        pair = top_eigenpair(hessian, steps=steps, tolerance=tolerance, generator=generator)
+        found[name] = pair.value
+    return found

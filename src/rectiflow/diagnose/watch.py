@@ -8,9 +8,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rectiflow.training.optimizers import rate
 from rectiflow.training.records import MetricsLog, read_log
+from rectiflow.training.report import Section, write_report
 from rectiflow.training.trainer import Trainer
+
+FOLDER = "diagnose"
+"""Where records and pictures go in the folder of a run."""
 
 
 @runtime_checkable
@@ -25,8 +28,8 @@ class Diagnosis(Protocol):
     def name(self) -> str:
         """What its files are called."""
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> Any:
-        """A record of the step, or None."""
+    def observe(self, step: int, optimizer: Any = None) -> Any:
+        """A record of the step, which the optimizer has just taken, or None."""
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[Path, str]:
         """Plots of all records as tables; file to caption."""
@@ -35,14 +38,15 @@ class Diagnosis(Protocol):
 class Watch:
     """A callback for the trainer: diagnoses look on, their records and plots go into a folder.
 
-    Each diagnosis leaves `NAME.jsonl`, one record a line, as training goes, and plots at the end.
-    The file is cut back when training resumes from an earlier step. Several processes hold the same
-    weights, so only the first one looks.
+    Each diagnosis leaves `diagnose/NAME.jsonl`, one record a line, as training goes; at its last
+    step plots follow, and `report.html` with all of them. When training resumes from an earlier
+    step, the records are cut back to it and go on. Several processes hold the same weights, so only
+    the first one looks. Weights, optimizer and random numbers stay as they are: the training is the
+    same bit for bit.
 
     Args:
         diagnoses: what looks on.
-        folder: where files go, such as `diagnose` in the run's folder; without one, records are
-            kept in `rows` and nothing is drawn.
+        folder: the run's folder; without one, records are kept in `rows` and nothing is drawn.
 
     Example:
         >>> from rectiflow.flows import FlowModel
@@ -53,7 +57,7 @@ class Watch:
         >>> import torch
         >>> model = FlowModel(build("mlp", shape=(2,), width=8, depth=1), shape=(2,))
         >>> method = FlowMatching(model, Independent(torch.randn(64, 2)))
-        >>> watch = Watch([Sharpness(FlowProbe.of(method, 16), every=2)])
+        >>> watch = Watch([Sharpness(FlowProbe(method, 16), every=2)])
         >>> trained = Trainer(
         ...     method, TrainerSettings(steps=4, batch_size=8), callbacks=[watch]).fit()
         >>> [row["step"] for row in watch.rows["sharpness"]]
@@ -63,42 +67,34 @@ class Watch:
     def __init__(self, diagnoses: Sequence[Diagnosis], folder: Path | None = None) -> None:
         self.diagnoses, self.folder = list(diagnoses), folder
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        self.pictures: dict[Path, str] = {}
         self._logs: dict[str, MetricsLog] = {}
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         if not trainer.accelerator.is_main_process:
             return
-        phase = trainer.phases[0]
-        options = phase.optimizer or trainer.settings.optim
-        # The step was taken with the rate of the number before it.
-        since, length = step - 1 - phase.first, trainer.settings.steps - phase.first
-        self.observe(step, learning_rate=rate(options, max(since, 0), length))
-        if step == trainer.settings.steps:
-            self.draw()
+        self.observe(step, trainer.optimizers[0])
+        if step == trainer.settings.steps and self.folder is not None:
+            drawn = {
+                d.name: d.draw(self.rows[d.name], self.folder / FOLDER) for d in self.diagnoses
+            }
+            sections = [Section(name, pictures=pictures) for name, pictures in drawn.items()]
+            write_report(self.folder / "report.html", trainer.title, sections)
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> None:
+    def observe(self, step: int, optimizer: Any = None) -> None:
         """Let every diagnosis look after a step; for training loops of your own."""
         if not self.rows:
             self._begin(step - 1)
         for diagnosis in self.diagnoses:
-            found = diagnosis.observe(step, learning_rate=learning_rate)
+            found = diagnosis.observe(step, optimizer)
             if found is not None:
                 row = as_row(found)
                 self.rows[diagnosis.name].append(row)
                 self._logs[diagnosis.name].write(step, row)
 
-    def draw(self) -> dict[Path, str]:
-        """Draw the plots of all records so far; for trainings that end early, too."""
-        if self.folder is not None:
-            for diagnosis in self.diagnoses:
-                self.pictures |= diagnosis.draw(self.rows.get(diagnosis.name, []), self.folder)
-        return self.pictures
-
     def _begin(self, step: int) -> None:
         """Open the files, keeping records of steps that are over."""
         for diagnosis in self.diagnoses:
-            path = None if self.folder is None else self.folder / f"{diagnosis.name}.jsonl"
+            path = None if self.folder is None else self.folder / FOLDER / f"{diagnosis.name}.jsonl"
             self._logs[diagnosis.name] = MetricsLog(path, step)
             self.rows[diagnosis.name] = [] if path is None else list(read_log(path))
 

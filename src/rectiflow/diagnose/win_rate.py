@@ -29,16 +29,15 @@ class WinRate:
     """Reports Sophia's win rate during training: 0.1 to 0.5 is what `gamma` is tuned for.
 
     Args:
-        optimizer: `SophiaG` or `SophiaH`, or a wrapper of one as Accelerate's.
         every: steps between reports.
 
     Raises:
-        ValueError: an optimizer without a win rate, a number that is not positive.
+        ValueError: a number that is not positive; `observe`: an optimizer without a win rate.
 
     Example:
         >>> import torch
         >>> from rectiflow.optim import SophiaG
-        >>> WinRate(SophiaG([torch.nn.Parameter(torch.ones(2))]), every=5).observe(10)
+        >>> WinRate(every=5).observe(10, SophiaG([torch.nn.Parameter(torch.ones(2))]))
         WinRateReport(step=10, win_rate=0.0)
 
     Source: arXiv 2305.14342, section 2.3 and figure 9.
@@ -46,20 +45,18 @@ class WinRate:
 
     name: ClassVar[str] = "win-rate"
 
-    def __init__(self, optimizer: Any, *, every: int = 100) -> None:
+    def __init__(self, *, every: int = 100) -> None:
         positive("every", every)
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if not callable(getattr(inner, "win_rate", None)):
-            raise ValueError(
-                f"{type(inner).__name__} has no win rate: this diagnosis is for SophiaG and SophiaH"
-            )
-        self.optimizer, self.every = inner, every
+        self.every = every
 
-    def observe(self, step: int, *, learning_rate: float | None = None) -> WinRateReport | None:
+    def observe(self, step: int, optimizer: Any = None) -> WinRateReport | None:
         """Look at the optimizer after a training step; returns a report every so many steps."""
-        if step % self.every:
-            return None
-        return WinRateReport(step, float(self.optimizer.win_rate()))
+        if not callable(getattr(optimizer, "win_rate", None)):
+            raise ValueError(
+                f"{type(optimizer).__name__} has no win rate: this diagnosis is for SophiaG and "
+                "SophiaH"
+            )
+        return None if step % self.every else WinRateReport(step, float(optimizer.win_rate()))
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[Path, str]:
         """Plot the share over the steps; file to caption."""
