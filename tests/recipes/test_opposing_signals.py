@@ -9,18 +9,21 @@ import torch
 from tests.recipes.quick import run_quick
 from torch import nn
 
-from rectiflow.diagnose import OpposingSignals, SampleProbe
-from rectiflow.recipes import opposing_signals
-from rectiflow.recipes.opposing_interventions import (
+from rectiflow.diagnose import SampleProbe
+from rectiflow.recipes.character_lab import ADAM, SGD, SPLIT, Tuned
+from rectiflow.recipes.opposing_images import (
     CLIPPED,
     RANDOM,
     SLOWER,
     UNCHANGED,
     WITHOUT,
+    Found,
+    ImageSettings,
     intervene,
     largest_rise,
+    make_net,
 )
-from rectiflow.recipes.opposing_signals import Found, Settings, _checks, make_net, swapped
+from rectiflow.recipes.opposing_signals import Settings, _checks
 from rectiflow.recipes.opposing_toy import ToyFound
 
 TOY = ToyFound({}, {}, {"two layers": 2.7, "no feature": 1e-7, "one layer": 1e-7}, 0.97, {}, 0.9999)
@@ -34,17 +37,19 @@ def row(**changed: float) -> dict[str, float]:
         "proj_plus": 0.9,
         "proj_minus": -0.9,
     }
-    return {**plain, "eta_lambda": 2.2, "norm_ratio": 8.0, "share": 0.4, **changed}
+    return {**plain, "eta_lambda": 2.2, "norm_ratio": 8.0, "share": 0.4, "swapped": 0.9, **changed}
 
 
 def seed(**changed) -> Found:
     spikes = {UNCHANGED: 0.2, WITHOUT: 0.01, RANDOM: 0.19, CLIPPED: 0.01, SLOWER: 0.0}
-    plain = Found([row()] * 5, [0.1, 0.2], [row()] * 9, [0.9] * 5, spikes)
+    plain = Found([row()] * 5, [0.1, 0.2], [row()] * 9, spikes)
     return replace(plain, **changed)
 
 
-def states(one: Found | None = None, toy: ToyFound = TOY) -> list[str]:
-    return [check.state for check in _checks(toy, [seed() if one is None else one], Settings())]
+def states(one: Found | None = None, toy: ToyFound = TOY, split: float = 2.2) -> list[str]:
+    losses = {SGD: (2.3, 2.31), SPLIT: (split, split + 0.01), ADAM: (2.1, 2.1)}
+    tuned = {name: Tuned(1.0, {1.0: 2.0}, values) for name, values in losses.items()}
+    return [check.state for check in _checks(toy, [seed() if one is None else one], tuned)]
 
 
 def test_checks_follow_the_rules_of_the_specification() -> None:
@@ -60,11 +65,15 @@ def test_checks_follow_the_rules_of_the_specification() -> None:
     spikes = seed().spikes
     assert states(seed(spikes={**spikes, WITHOUT: 0.14}))[9] == "weak"
     assert states(seed(spikes={**spikes, WITHOUT: 0.19}))[9] == "fail"
-    assert states(seed(spikes={**spikes, RANDOM: 0.05}))[10] == "fail"
+    assert states(seed(spikes={**spikes, CLIPPED: 0.19}))[10] == "fail"
+    assert states(seed(spikes={**spikes, SLOWER: 0.19}))[11] == "fail"
+    assert states(seed(spikes={**spikes, RANDOM: 0.05}))[12] == "fail"
+    assert states(split=2.295)[13] == "weak"
+    assert states(split=2.31)[13] == "fail"
 
 
 def test_without_a_rise_nothing_passes() -> None:
-    assert states(seed(rises=[], early=[], swaps=[], spikes={}))[5:] == ["fail"] * 6
+    assert states(seed(rises=[], early=[], spikes={}))[5:13] == ["fail"] * 8
     assert math.isnan(seed(rises=[]).opposite)
 
 
@@ -97,35 +106,19 @@ def test_interventions_on_a_line() -> None:
     assert found[WITHOUT] == found[SLOWER] == found[CLIPPED] == 0
 
 
-def test_swaps_are_counted_by_steps() -> None:
-    look = OpposingSignals(swinging()[0], every=1, size=2)
-    look.steps = [4, 5, 6, 7]
-    look.losses = [
-        torch.tensor(losses)
-        for losses in (
-            [0.0, 0.0, 0.0, 0.0, 0.0],
-            [5.0, -5.0, 1.0, -1.0, 0.0],
-            [0.0, 0.0, 0.0, 0.0, 0.0],
-            [-5.0, 4.0, -1.0, 0.0, 9.0],
-        )
-    ]
-    assert [swapped(look, step, 2) for step in look.steps] == [0, 0, 1, 0]
-
-
 def test_settings_follow_the_specification() -> None:
-    default = Settings()
+    default = Settings().images
     net = make_net(196, 10, default, seed=0)
     assert sum(p.numel() for p in net.parameters()) == 196 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10
-    assert (default.rate, default.steps, default.size, default.seeds) == (0.15, 1500, 20, (0, 1, 2))
-    again = make_net(196, 10, default, seed=0)
+    assert (default.rate, default.steps, default.size) == (0.15, 1500, 20)
+    again = make_net(196, 10, ImageSettings(), seed=0)
     assert torch.equal(net[0].weight, again[0].weight)
-    assert isinstance(opposing_signals.PRESETS["paper"], Settings)
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
     found = run_quick("opposing-signals", tmp_path)
-    assert len(found.table["checks"]) == 11
-    assert {"two layers", "no feature", "one layer", "descent"} <= found.arms
+    assert len(found.table["checks"]) == 14
+    assert {"two layers", "no feature", "one layer", "descent", SGD, SPLIT, ADAM} <= found.arms
     assert found.pictures >= 6
-    lines = found.run.path("seed-0/opposing-signals.jsonl").read_text().splitlines()
-    assert len(lines) >= 6
+    lines = found.run.path("seed-0/diagnose/opposing-signals.jsonl").read_text().splitlines()
+    assert len(lines) >= 4

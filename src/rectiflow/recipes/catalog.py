@@ -225,7 +225,7 @@ SYSTEMS: tuple[System, ...] = (
          "Grow the batch when the gradient's variance asks for it."),
     _row(25, "opposing-signals", "2311.04163",
          "Opposing Signals: Find the Outlier Groups that Steer Optimisation",
-         "diagnose.OpposingSignals",
+         "diagnose.OpposingSignals optim.SplitSGD",
          "Find the small groups of data whose losses swing against each other."),
     _row(26, "pixelwise-gradient-clipping", "2310.12474",
          "PGC: Pixel-wise Gradient Clipping for Latent-Diffusion Score Distillation",

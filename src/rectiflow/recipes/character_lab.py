@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ from rectiflow.diagnose import (
     heavy_coordinates,
     paper_shadows,
 )
-from rectiflow.optim import Adam, CoordinateClipped, Momentum, chain
-from rectiflow.recipes.characters import CharacterModel, Characters
+from rectiflow.optim import Adam, CoordinateClipped, Momentum, SplitSGD, chain
+from rectiflow.recipes.characters import CharacterModel, Characters, standard_library
 from rectiflow.training.progress import bar
 
 SGD, SGD_CLIPPED, ADAM, ADAM_CLIPPED = "SGD", "SGD, clipped", "Adam", "Adam, clipped"
+SPLIT = "SplitSGD"
+TUNING = 100
+"""Seed on which learning rates are chosen."""
 LAST = 50
 """Steps at the end over which a training's loss is averaged."""
 
@@ -34,6 +37,8 @@ def optimizer(name: str, params: Any, rate: float) -> torch.optim.Optimizer:
         return chain(mean)(params, lr=rate)
     if name == SGD_CLIPPED:
         return CoordinateClipped(params, mean, rate, fraction=0.1)
+    if name == SPLIT:
+        return SplitSGD(params, rate, fraction=0.05, ratio=1e-3)
     if name == ADAM:
         return chain(Adam())(params, lr=rate)
     return CoordinateClipped(params, "adam", rate, fraction=0.5)
@@ -143,6 +148,77 @@ def look(model: CharacterModel, directions: Mapping[str, Tensor], held_out: Tens
         decrease[name] = best_step(*measured, reach=reach, module=model).best_decrease
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Look(sharpness, cosines, decrease, heavy_coordinates(gradients, 0.1).energy)
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """Trainings of several optimizers, each at the best of its learning rates."""
+
+    grids: Mapping[str, tuple[float, ...]]
+    """Learning rates of each, equally many, all tried on one seed of their own."""
+    characters: int = 600_000
+    """Length of the text."""
+    net: NetSettings = field(default_factory=lambda: NetSettings(width=32, depth=1, batch_size=16))
+    """The network."""
+    steps: int = 600
+    """Steps of each training."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One arm of a race.
+
+    Attributes:
+        rate: the chosen learning rate.
+        tried: loss by learning rate on the tuning seed; infinite where it diverged.
+        losses: one loss a seed.
+    """
+
+    rate: float
+    tried: dict[float, float]
+    losses: tuple[float, ...]
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate:g}" for rate in self.tried)
+        edge = len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
+        return f"{rates} (best {self.rate:g}{', at the edge' if edge else ''})"
+
+
+def race(settings: RaceSettings, seeds: Sequence[int]) -> dict[str, Tuned]:
+    """Train with every learning rate on a seed of its own, then with the best one on all seeds."""
+    text, found = standard_library(settings.characters), {}
+    for name, grid in settings.grids.items():
+        with bar(f"{name} by itself", len(grid) + len(seeds), unit="trainings") as progress:
+
+            def loss(rate: float, seed: int, name: str = name, progress: Any = progress) -> float:
+                value = train(text, settings.net, name, rate, steps=settings.steps, seed=seed)
+                progress.update(progress.done + 1)
+                return value
+
+            tried = {rate: loss(rate, TUNING) for rate in grid}
+            best = min(tried, key=tried.__getitem__)
+            found[name] = Tuned(best, tried, tuple(loss(best, seed) for seed in seeds))
+    return found
+
+
+def told(found: Mapping[str, Tuned]) -> str:
+    """The learning rates that were tried, for a note."""
+    grids = "; ".join(f"{name}: {arm}" for name, arm in found.items())
+    return f"Learning rates tried on seed {TUNING}: {grids}."
+
+
+def standard_errors(before: Sequence[float], after: Sequence[float]) -> float:
+    """The fall of a mean, in standard errors of the difference; NaN for a single seed.
+
+    Example:
+        >>> round(standard_errors([3.0, 3.2], [2.0, 2.2]), 3)
+        7.071
+    """
+    if len(before) < 2 or len(after) < 2:
+        return math.nan
+    variance = statistics.variance(before) / len(before) + statistics.variance(after) / len(after)
+    fall = statistics.fmean(before) - statistics.fmean(after)
+    return fall / math.sqrt(variance) if variance else math.copysign(math.inf, fall)
 
 
 def train(
