@@ -46,6 +46,8 @@ def test_the_layer_in_front_of_a_norm_is_found_and_no_other() -> None:
     assert found.by_channel < 1e-4
     assert found.norm == pytest.approx(float(model[0].weight.detach().norm()))
     assert found.effective_rate == pytest.approx(0.5 / found.norm**2)
+    adam = ScaleInvariance(watched, every=1).observe(3, torch.optim.Adam(model.parameters(), 0.5))
+    assert adam.weights["0.weight"].effective_rate == pytest.approx(0.5 / found.norm)
 
 
 def test_it_agrees_with_the_projection_of_the_optimizer() -> None:

@@ -83,11 +83,10 @@ class DiagnoseOptions:
 
     def diagnoses(self, method: Any, settings: TrainerSettings) -> list[Any]:
         """The diagnoses of a training, on no more samples at once than a step takes."""
-        from rectiflow.diagnose import diagnoses, parse_diagnoses
+        from rectiflow.diagnose import diagnoses
 
         every = self.diagnose_every or max(1, settings.steps // 20)
-        names = parse_diagnoses(self.diagnose)
-        return diagnoses(names, method, every=every, batch_size=settings.batch_size)
+        return diagnoses(self.diagnose, method, every=every, batch_size=settings.batch_size)
 
 
 def watching(found: Sequence[Any], run: Run) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,7 +69,7 @@ def parse_diagnoses(text: str) -> tuple[str, ...]:
 
 
 def diagnoses(
-    names: Sequence[str],
+    names: str,
     method: Any,
     *,
     every: int = 100,
@@ -79,7 +79,7 @@ def diagnoses(
     """Diagnoses of a training by name, all on one probe.
 
     Args:
-        names: see `DIAGNOSES`.
+        names: names of `DIAGNOSES` with commas between.
         method: what is trained.
         every: steps between looks.
         count: samples of the probe.
@@ -88,8 +88,5 @@ def diagnoses(
     Raises:
         ValueError: an unknown name; a method that has no `FlowProbe`, where one is needed.
     """
-    for name in names:
-        if name not in DIAGNOSES:
-            raise unknown("diagnosis", name, DIAGNOSES)
     probe = cache(lambda: FlowProbe(method, count))
-    return [DIAGNOSES[name].make(probe, every, batch_size) for name in names]
+    return [DIAGNOSES[name].make(probe, every, batch_size) for name in parse_diagnoses(names)]

@@ -60,9 +60,9 @@ def _losses(spike: Mapping[str, Any], watched: Watched, path: Path) -> dict[Path
         logarithmic="y",
     )
     return {
-        drawn: f"Mean losses over the run of all samples and of the groups of step "
-        f"{spike['step']}, after which the loss had risen most (by {cell(spike['change'])}): G+ "
-        f"rose by {cell(spike['change_plus'])}, G- by {cell(spike['change_minus'])}."
+        drawn: f"Mean losses from step {watched.steps[0]} on of all samples and of the groups of "
+        f"step {spike['step']}, after which the loss had risen most (by {cell(spike['change'])}): "
+        f"G+ rose by {cell(spike['change_plus'])}, G- by {cell(spike['change_minus'])}."
     }
 
 

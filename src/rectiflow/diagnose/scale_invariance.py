@@ -29,7 +29,8 @@ class Invariance:
         by_channel: the largest `|cos|` of a row of the weight and its gradient.
         at_once: `|cos|` of the whole tensor and its gradient.
         norm: length of the weight.
-        effective_rate: learning rate over the squared length: how far a step turns the weight.
+        effective_rate: how far a step turns the weight: learning rate over its squared length, or
+            over its length where steps do not shrink with the gradient, as Adam's.
     """
 
     kind: str
@@ -46,6 +47,7 @@ def invariance_report(
     *,
     delta: float = 0.1,
     learning_rate: float | None = None,
+    adaptive: bool = False,
 ) -> dict[str, Invariance]:
     """What `AdamP` and `SGDP` would take for scale-invariant: weights orthogonal to their gradient.
 
@@ -59,6 +61,7 @@ def invariance_report(
         gradients: name to gradient.
         delta: how orthogonal they must be.
         learning_rate: for the effective rate.
+        adaptive: the rate is that of Adam or its like.
 
     Returns:
         a record a weight.
@@ -79,12 +82,14 @@ def invariance_report(
     if missing:
         raise ValueError(f"each weight needs a gradient, got none for {missing[0]!r}")
     return {
-        name: _tested(weight.detach(), gradients[name], delta, learning_rate)
+        name: _tested(weight.detach(), gradients[name], delta, learning_rate, 2 - adaptive)
         for name, weight in weights.items()
     }
 
 
-def _tested(weight: Tensor, gradient: Tensor, delta: float, rate: float | None) -> Invariance:
+def _tested(
+    weight: Tensor, gradient: Tensor, delta: float, rate: float | None, power: int
+) -> Invariance:
     norm = float(weight.norm())
     at_once = float(_cosines(weight.reshape(1, -1), gradient.reshape(1, -1)))
     if weight.ndim < 2 or not weight.numel():
@@ -98,7 +103,7 @@ def _tested(weight: Tensor, gradient: Tensor, delta: float, rate: float | None) 
             kind = "tensor"
         else:
             kind = "none"
-    turning = rate / norm**2 if rate is not None and norm else None
+    turning = rate / norm**power if rate is not None and norm else None
     return Invariance(kind, by_channel, at_once, norm, turning)
 
 
@@ -165,29 +170,37 @@ class ScaleInvariance:
             batch_statistics=True,
         )
         gradients = dict(zip(weights, hessian.unflatten(hessian.gradient())))
-        rate = rate_of(optimizer)
-        found = invariance_report(weights, gradients, delta=self.delta, learning_rate=rate)
+        found = invariance_report(
+            weights,
+            gradients,
+            delta=self.delta,
+            learning_rate=rate_of(optimizer),
+            adaptive=optimizer is not None and "betas" in optimizer.param_groups[0],
+        )
         return InvarianceReport(step, found)
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[Path, str]:
-        """Plot the lengths of weights that pass the test; file to caption."""
+        """Plot the lengths of weights that pass the test in most reports; file to caption."""
         if not rows:
             return {}
-        last = rows[-1]["weights"]
-        kinds = {name: weight["kind"] for name, weight in last.items()}
-        passed = [name for name, kind in kinds.items() if kind != "none"]
+        tables = [row["weights"] for row in rows]
+        passed = [
+            name
+            for name in tables[-1]
+            if 2 * sum(table[name]["kind"] != "none" for table in tables) > len(tables)
+        ]
         if not passed:
             return {}
         steps = [row["step"] for row in rows]
         drawn = curves(
-            {name: (steps, [row["weights"][name]["norm"] for row in rows]) for name in passed},
+            {name: (steps, [table[name]["norm"] for table in tables]) for name in passed},
             folder / "scale-invariance.png",
             across="training step",
             up="length of the weight",
         )
-        first = rows[0]["weights"]
-        most = max(last[n]["norm"] / (first[n]["norm"] or 1.0) for n in passed)
+        most = max(tables[-1][name]["norm"] / (tables[0][name]["norm"] or 1.0) for name in passed)
         return {
-            drawn: f"Lengths of the {len(passed)} of {len(kinds)} weights that are scale-invariant "
-            f"at the end; the largest has become {cell(most)} times as long."
+            drawn: f"Lengths of the {len(passed)} of {len(tables[-1])} weights that are "
+            f"scale-invariant in most of {len(tables)} reports; the largest growth is to "
+            f"{cell(most)} times."
         }
