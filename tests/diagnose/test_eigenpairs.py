@@ -101,7 +101,8 @@ def test_sharpness_of_a_network(method: str) -> None:
     # Of second order in the residual.
     assert found.value == pytest.approx(float(wanted), rel=1e-6)
     again = top_eigenpair(h, method=method, start=found.vector, steps=60, generator=generator)
-    assert again.value == pytest.approx(float(wanted), rel=1e-5)
+    # The tolerance of 1e-3, squared, over the gap to the next eigenvalue.
+    assert again.value == pytest.approx(float(wanted), rel=1e-4)
     assert again.products < found.products
 
 

@@ -42,7 +42,7 @@ def row(**changed: float) -> dict[str, float]:
 
 def seed(**changed) -> Found:
     spikes = {UNCHANGED: 0.2, WITHOUT: 0.01, RANDOM: 0.19, CLIPPED: 0.01, SLOWER: 0.0}
-    plain = Found([row()] * 5, [0.1, 0.2], [row()] * 9, spikes)
+    plain = Found([row()] * 5, [0.1, 0.2], [row()] * 9, None, spikes)
     return replace(plain, **changed)
 
 

@@ -38,7 +38,7 @@ def optimizer(name: str, params: Any, rate: float) -> torch.optim.Optimizer:
     if name == SGD_CLIPPED:
         return CoordinateClipped(params, mean, rate, fraction=0.1)
     if name == SPLIT:
-        return SplitSGD(params, rate, fraction=0.05, ratio=1e-3)
+        return SplitSGD(params, rate, fraction=0.1, ratio=3e-3)
     if name == ADAM:
         return chain(Adam())(params, lr=rate)
     return CoordinateClipped(params, "adam", rate, fraction=0.5)

@@ -45,8 +45,8 @@ CLAIM = (
     "sharpness, and makes SGD faster."
 )
 GRIDS = {
-    SGD: (1.5, 3.0, 6.0, 12.0),
-    SGD_CLIPPED: (5.0, 15.0, 45.0, 135.0),
+    SGD: (0.5, 1.0, 2.0, 4.0),
+    SGD_CLIPPED: (2.5, 5.0, 10.0, 20.0),
     ADAM: (1e-3, 3e-3, 1e-2, 3e-2),
     ADAM_CLIPPED: (1e-2, 3e-2, 1e-1, 3e-1),
 }
@@ -78,7 +78,7 @@ PRESETS = {
         looks=(2, 4),
         held_out=8,
         race=RaceSettings({name: grid[1:3] for name, grid in GRIDS.items()}, 20_000, TINY, 4),
-        seeds=(0, 1),
+        seeds=(0,),
     ),
     "default": Settings(),
     "paper": Settings(

@@ -65,12 +65,14 @@ class Found:
         rises: reports of the judged rises past the edge.
         early: reports before the edge, by their cosine.
         rows: all reports.
+        look: what made them, with the losses of all samples.
         spikes: by intervention the largest rise of the loss of samples that all arms train on.
     """
 
     rises: list[dict[str, Any]]
     early: list[float]
     rows: list[dict[str, Any]]
+    look: OpposingSignals
     spikes: dict[str, float]
 
     def median(self, key: str) -> float:
@@ -106,8 +108,8 @@ def make_net(inputs: int, classes: int, settings: ImageSettings, seed: int) -> n
 
 def train_and_intervene(
     settings: ImageSettings, images: Tensor, labels: Tensor, seed: int, folder: Path
-) -> tuple[Found, dict[Path, str]]:
-    """Descent with its reports, then the interventions before its first rise; and pictures."""
+) -> Found:
+    """Descent with its reports, then the interventions before its first rise."""
     inputs = images.flatten(1)
     inputs = (inputs - inputs.mean()) / inputs.std()
     classes = int(labels.max()) + 1
@@ -132,6 +134,7 @@ def train_and_intervene(
         rises=judged,
         early=[row["cos_pm"] for row in rows if row["step"] < first and row["eta_lambda"] < EDGE],
         rows=rows,
+        look=look,
         spikes={},
     )
     if judged:
@@ -142,7 +145,7 @@ def train_and_intervene(
                 probe, kept[begin], groups, rate=settings.rate, steps=settings.after, seed=seed
             )
         )
-    return found, look.draw(rows, folder)
+    return found
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -21,6 +21,7 @@ from rectiflow.recipes.character_lab import (
     ADAM,
     SGD,
     SPLIT,
+    TUNING,
     NetSettings,
     RaceSettings,
     Tuned,
@@ -53,8 +54,8 @@ CLAIM = (
     "faster."
 )
 GRIDS = {
-    SGD: (1.5, 3.0, 6.0, 12.0),
-    SPLIT: (3.0, 6.0, 12.0, 24.0),
+    SGD: (0.5, 1.0, 2.0, 4.0),
+    SPLIT: (0.5, 1.0, 2.0, 4.0),
     ADAM: (1e-3, 3e-3, 1e-2, 3e-2),
 }
 
@@ -94,7 +95,7 @@ PRESETS = {
             NetSettings(width=8, depth=1, heads=2, length=8, batch_size=4),
             4,
         ),
-        seeds=(0, 1),
+        seeds=(0,),
     ),
     "default": Settings(),
     "paper": Settings(
@@ -107,12 +108,10 @@ def run(settings: Settings, run: Run) -> Result:
     """The toy, then the training of every seed with its interventions, then the race."""
     toy = run_toy(settings.toy)
     images, labels = load_images(settings.images)
-    found, pictures = [], {}
-    for seed in settings.seeds:
-        folder = run.path(f"seed-{seed}")
-        one, drawn = train_and_intervene(settings.images, images, labels, seed, folder)
-        found.append(one)
-        pictures = pictures or drawn
+    found = [
+        train_and_intervene(settings.images, images, labels, seed, run.path(f"seed-{seed}"))
+        for seed in settings.seeds
+    ]
     tuned = race(settings.race, settings.seeds)
     return Result(
         slug="opposing-signals",
@@ -121,7 +120,7 @@ def run(settings: Settings, run: Run) -> Result:
         checks=_checks(toy, found, tuned),
         seeds=settings.seeds,
         notes=_notes(found, tuned, settings),
-        pictures={**_draw(toy, found, run), **pictures},
+        pictures={**_draw(toy, found, run), **found[0].look.draw(found[0].rows, run.folder)},
     )
 
 
@@ -237,8 +236,9 @@ def _notes(found: Sequence[Found], tuned: Mapping[str, Tuned], settings: Setting
         "Interventions are judged on samples that all arms train on, so that leaving out samples "
         "does not count as lowering their loss.",
         told(tuned),
-        "The published SplitSGD could not be confirmed in its details: ours takes sign steps of a "
-        "thousandth of the rate on the 5 % of coordinates with the largest gradients.",
+        "The published SplitSGD could not be confirmed in its details: ours takes sign steps of "
+        "0.003 times the rate on the tenth of coordinates with the largest gradients. Both numbers "
+        f"were chosen in seven short trainings on seed {TUNING}, beyond the grid.",
     ]
     if not all(one.rises for one in found):
         notes.append("Some seeds did not get past the edge: nothing can be said about these.")
