@@ -110,7 +110,7 @@ def _cosines(rows: Sequence[Mapping[str, Any]], path: Path) -> dict[Path, str]:
 
 
 def _sheet(spike: Mapping[str, Any], watched: Watched, path: Path) -> dict[Path, str]:
-    sides = {"G+: losses rose": spike["idx_plus"], "G-: losses fell": spike["idx_minus"]}
+    sides = {"G+: losses rose most": spike["idx_plus"], "G-: losses fell most": spike["idx_minus"]}
     panels = {
         name: watched.probe.pictures(torch.tensor(list(group)[:SHOWN]))
         for name, group in sides.items()

@@ -154,12 +154,12 @@ def _checks(looks: Looks, tuned: Mapping[str, Tuned]) -> list[Check]:
     return [
         Check(
             "sharpness of clipped SGD / SGD, largest over looks",
-            each(max, lambda one: one.sharpness[SGD_CLIPPED] / one.sharpness[SGD]),
+            each(max, lambda one: one.sharpness[SGD_CLIPPED] / abs(one.sharpness[SGD])),
             at_most=1.0,
         ),
         Check(
             "sharpness of Adam / SGD, largest over looks",
-            each(max, lambda one: one.sharpness[ADAM] / one.sharpness[SGD]),
+            each(max, lambda one: one.sharpness[ADAM] / abs(one.sharpness[SGD])),
             at_most=1 / 3,
             broken=1.0,
         ),
