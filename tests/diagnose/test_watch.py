@@ -19,6 +19,7 @@ from rectiflow.diagnose import (
     ScaleInvariance,
     Sharpness,
     Watch,
+    WinRate,
     diagnoses,
     parse_diagnoses,
     sample_losses,
@@ -178,6 +179,19 @@ def test_layers_have_a_plot(tmp_path: Path) -> None:
     drawn = look.draw([as_row(look.observe(step)) for step in (1, 2)], tmp_path)
     assert [path.name for path in drawn] == ["sharpness.png", "sharpness-layers.png"]
     assert all(path.is_file() for path in drawn)
+
+
+def test_win_rate_is_that_of_the_trainers_optimizer() -> None:
+    flow, watch = method(), Watch([WinRate(every=2)])
+    optim = OptimizerSettings("sophiag", curvature_every=1, gamma=10.0)
+    trainer = Trainer(flow, TrainerSettings(steps=2, batch_size=8, optim=optim), callbacks=[watch])
+    trainer.fit()
+    (row,) = watch.rows["win-rate"]
+    assert row == {"step": 2, "win_rate": trainer.optimizers[0].win_rate()}
+    assert 0 < row["win_rate"] < 1
+    # Another optimizer is refused at the first step, not at the first look.
+    with pytest.raises(ValueError, match="Adam has no win rate"):
+        Trainer(flow, TrainerSettings(steps=2, batch_size=8), callbacks=[watch]).fit()
 
 
 def test_names() -> None:
