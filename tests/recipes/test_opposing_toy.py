@@ -23,13 +23,13 @@ def test_the_loss_is_that_of_the_data() -> None:
     w[3:] *= 0.1
     # In expectation the loss has the constant E (|x_o|_1)² / (2 d) = variance d / 2.
     constant = 50.0 * 3 / 2
-    inputs, target = TOY.sample(1_000_000, 0.3, generator=generator)
+    inputs, target = TOY.sample(250_000, 0.3, generator=generator)
     losses = (TOY.answer(w, inputs) - target).square() / 2
-    error = float(losses.std()) / 1000
+    error = float(losses.std()) / 500
     assert abs(float(losses.mean()) - constant - float(TOY.loss(w))) < 3 * error
-    assert error < 0.2
+    assert error < 0.4
     assert float(inputs[:, :2].square().mean()) == pytest.approx(1, abs=0.01)
-    # 0.3 a million samples hold a feature; its variance is known to some 0.2 %.
+    # 75,000 samples hold a feature; its variance is known to some 0.3 %.
     assert float(inputs[:, 2:].square().mean()) == pytest.approx(50, rel=0.01)
 
 

@@ -50,7 +50,8 @@ class ImageSettings:
     size: int = 20
     """Samples a group."""
     every: int = 25
-    """Steps between reports; steps after which the loss rose have one in any case."""
+    """Steps between reports; until enough rises were seen, each step after which the loss rose has
+    one too."""
     rises: int = 60
     """The first so many rises past the edge are judged."""
     after: int = 100
@@ -126,8 +127,10 @@ def train_and_intervene(
             descend(optimizer, probe.losses(torch.arange(len(probe))).mean())
             watch.observe(step, optimizer)
             progress.update(step)
-    rows = watch.rows[look.name]
-    judged = [row for row in rows if row["change"] > 0 and row["eta_lambda"] > EDGE]
+            rows = watch.rows[look.name]
+            judged = [row for row in rows if row["change"] > 0 and row["eta_lambda"] > EDGE]
+            # Once there are enough, regular reports show what becomes of it.
+            look.on_rise = len(judged) < settings.rises
     judged = judged[: settings.rises]
     first = min((row["step"] for row in rows if row["change"] > 0), default=settings.steps)
     found = Found(
