@@ -27,7 +27,9 @@ from rectiflow.recipes.catalog import SYSTEMS, System, recipe_exists  # noqa: E4
 ROOMS = (
     "flows",
     "nets",
+    "optim",
     "training",
+    "diagnose",
     "distill",
     "guidance",
     "align",

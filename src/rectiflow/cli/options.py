@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rectiflow.flows.fields import FlowModel
     from rectiflow.training.data import ImageData
     from rectiflow.training.evaluation import Evaluator
+    from rectiflow.training.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,40 @@ class DataOptions:
     def load(self, split: str = "train") -> ImageData:
         """The images of a split."""
         return load_data(self.data, split=split, size=self.size, channels=self.channels)
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """What looks on while a model trains, and changes nothing."""
+
+    diagnose: str = ""
+    """Reports on the training itself, drawn in the run's report.html: sharpness, opposing-signals,
+    scale-invariance, win-rate; several with commas between."""
+    diagnose_every: int | None = None
+    """Steps between their looks; a twentieth of the training by default."""
+
+    def check_diagnoses(self) -> None:
+        """Refuse names that are unknown."""
+        from rectiflow.diagnose import parse_diagnoses
+
+        parse_diagnoses(self.diagnose)
+        if self.diagnose_every is not None:
+            positive("diagnose_every", self.diagnose_every)
+
+    def diagnoses(self, method: Any, settings: TrainerSettings) -> list[Any]:
+        """The diagnoses of a training, on no more samples at once than a step takes."""
+        from rectiflow.diagnose import diagnoses
+
+        every = self.diagnose_every or max(1, settings.steps // 20)
+        return diagnoses(self.diagnose, method, every=every, batch_size=settings.batch_size)
+
+
+def watching(found: Sequence[Any], run: Run) -> list[Any]:
+    """The callbacks by which diagnoses look on in a run, which notes what it used."""
+    from rectiflow.diagnose import DIAGNOSES, Watch
+
+    run.used(*(DIAGNOSES[diagnosis.name].system for diagnosis in found))
+    return [Watch(found, run.folder)] if found else []
 
 
 @dataclass(frozen=True)

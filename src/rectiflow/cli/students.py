@@ -16,11 +16,13 @@ import tyro
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import Opened, condition_data, is_latent, open_model, reinterpreted
 from rectiflow.cli.options import (
+    DiagnoseOptions,
     OutputOptions,
     check_guidance,
     data_of,
     guided_by,
     plain_warnings,
+    watching,
 )
 from rectiflow.cli.settings import parse
 from rectiflow.distill.few_step_method import Choices, FewStepMethod, Options
@@ -31,7 +33,7 @@ from rectiflow.training.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
-class StudentOptions(OutputOptions, TrainerSettings):
+class StudentOptions(OutputOptions, TrainerSettings, DiagnoseOptions):
     """Settings of every method."""
 
     command: ClassVar[str] = ""
@@ -84,6 +86,7 @@ class StudentOptions(OutputOptions, TrainerSettings):
     def __post_init__(self) -> None:
         TrainerSettings.__post_init__(self)
         self.check_output()
+        self.check_diagnoses()
         positive("teacher_steps", self.teacher_steps)
         check_guidance(self.guidance)
         if self.lora is not None:
@@ -294,6 +297,7 @@ def run(kind: Any, words: Sequence[str]) -> int:
         check = getattr(method, "check_training", None)
         if check is not None:
             check(settings)
+        diagnoses = settings.diagnoses(method, settings)
         if settings.export_pipeline is not None:
             # Now, not after hours of training.
             _as_pipeline(_merged(method.model), opened)
@@ -322,6 +326,7 @@ def run(kind: Any, words: Sequence[str]) -> int:
             parent=teacher,
             title=chosen.name,
             resume=settings.resume,
+            callbacks=watching(diagnoses, folder),
             finish=finish,
         )
         if folder.main:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import DataOptions, OutputOptions
+from rectiflow.cli.options import DataOptions, DiagnoseOptions, OutputOptions, watching
 from rectiflow.cli.settings import parse
 from rectiflow.errors import unknown
 from rectiflow.training.trainer import TrainerSettings
 
 
 @dataclass(frozen=True)
-class Settings(OutputOptions, TrainerSettings, DataOptions):
+class Settings(OutputOptions, TrainerSettings, DataOptions, DiagnoseOptions):
     """Settings of `rectiflow train`."""
 
     net: str | None = None
@@ -32,6 +32,7 @@ class Settings(OutputOptions, TrainerSettings, DataOptions):
     def __post_init__(self) -> None:
         TrainerSettings.__post_init__(self)
         self.check_output()
+        self.check_diagnoses()
         if self.coupling not in ("independent", "ot"):
             raise unknown("coupling", self.coupling, ("independent", "ot"))
 
@@ -72,10 +73,12 @@ def run(settings: Settings) -> None:
     independent = Independent(data)
     coupling = MinibatchOT(independent) if settings.coupling == "ot" else independent
     dropout = settings.condition_dropout if settings.conditional else 0.0
+    method = FlowMatching(model, coupling, condition_dropout=dropout)
+    diagnoses = settings.diagnoses(method, settings)
     with settings.open("train", data.slug) as folder:
         folder.used("rectified-flow")
         train_model(
-            FlowMatching(model, coupling, condition_dropout=dropout),
+            method,
             settings,
             folder.folder,
             entry={
@@ -87,6 +90,7 @@ def run(settings: Settings) -> None:
                 "systems": ["rectified-flow"],
             },
             resume=settings.resume,
+            callbacks=watching(diagnoses, folder),
         )
         if folder.main:
             print(f"model: {folder.path('model')}")

@@ -226,7 +226,7 @@ SYSTEMS: tuple[System, ...] = (
          "Grow the batch when the gradient's variance asks for it."),
     _row(25, "opposing-signals", "2311.04163",
          "Outliers with Opposing Signals Have an Outsized Effect on Neural Network Optimization",
-         "diagnose.OpposingSignals",
+         "diagnose.OpposingSignals optim.SplitSGD",
          "Find the small groups of data whose losses swing against each other."),
     _row(26, "pixelwise-gradient-clipping", "2310.12474",
          "Enhancing High-Resolution 3D Generation through Pixel-wise Gradient Clipping",

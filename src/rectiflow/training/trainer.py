@@ -205,6 +205,11 @@ class Trainer:
         """Make the present step the last one; for callbacks that watch the model."""
         self._enough = True
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizer of each phase, for callbacks that look at rates or state."""
+        return [prepared.optimizer for prepared in self._optimizers]
+
     def result(self) -> FlowModel:
         """The averaged model, in evaluation mode."""
         model = self.method.model
