@@ -6,6 +6,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "adagrad_norm": ("AdagradNorm",),
+        "batch_sampler": ("ResizableBatches",),
+        "batch_size": ("BatchPlan", "BatchRecord", "BatchSizeController"),
+        "batch_tests": ("BatchTest", "InnerProductTest", "NormTest"),
         "chained": ("ChainedOptimizer", "chain"),
         "coordinate_clipping": ("ClipCoordinates", "clip_coordinates_", "top_threshold"),
         "curvature": (
@@ -16,6 +19,11 @@ __getattr__, __dir__, __all__ = attach(
         ),
         "directions": ("Adagrad", "Adam", "Lion", "Momentum"),
         "friction": ("Friction",),
+        "gradient_statistics": (
+            "GradientStatistics",
+            "MicroBatchStatistics",
+            "rank_statistics",
+        ),
         "named": (
             "AdAdaGrad",
             "AdAdaGradNorm",
@@ -26,9 +34,27 @@ __getattr__, __dir__, __all__ = attach(
             "SplitSGD",
         ),
         "parts": ("Direction", "Part"),
+        "per_sample": ("per_sample_statistics",),
+        "pixelwise_clipping": (
+            "PixelwiseClip",
+            "calibrate_threshold",
+            "pixel_norms",
+            "pixelwise_clip",
+            "suppress",
+        ),
         "radial_projection": ("RadialProjection",),
         "sophia": ("Sophia", "SophiaG", "SophiaH"),
         "split_sign": ("SplitSign",),
+        "tract": ("TrActSettings", "tract_gradient"),
+        "tract_layers": (
+            "TrActConv1d",
+            "TrActConv2d",
+            "TrActConv3d",
+            "TrActLinear",
+            "apply_tract",
+            "first_layer",
+            "remove_tract",
+        ),
         "whole_gradients": ("CentreGradients", "ClipNorm"),
     },
 )
