@@ -104,7 +104,8 @@ def test_variance_survives_a_mean_that_is_far_larger() -> None:
     x = 1e4 + torch.linspace(-1, 1, 64)[:, None]
     for chunk in (7, 64):
         found = per_sample_statistics(net, lambda net, x: net(x).sum(), [x], chunk=chunk)
-        assert found.noise == pytest.approx(float(x.double().var()), rel=1e-3)
+        # The mean is rounded to 6e-4, the deviations to no more.
+        assert found.noise == pytest.approx(float(x.double().var()), rel=0.01)
 
 
 def test_weights_that_samples_do_not_move_apart() -> None:
@@ -255,7 +256,7 @@ def test_every_test(rule) -> None:
     # Units of the loss do not matter.
     assert rule.needed(of(1e3 * g, (5, 8))) == pytest.approx(asked, rel=1e-9)
     # Samples that agree ask for nothing, a mean of zero for everything.
-    assert rule.needed(of(g[:1].expand(9, -1), (5, 8))) == 0
+    assert rule.needed(of(g[:1].expand(9, -1), (5, 8))) < 1e-25
     apart = torch.cat([g, -g])
     assert rule.needed(of(apart - apart.mean(0), (5, 8))) > 1e12 or isinstance(
         rule, InnerProductTest
@@ -407,11 +408,11 @@ def test_what_cannot_be_is_refused() -> None:
     assert per_sample_statistics(mixed.eval(), loss, rows).noise > 0
     with pytest.raises(ValueError, match="no parameter requires"):
         per_sample_statistics(net.requires_grad_(False), loss, rows)
-    found = single([torch.ones(3)], 4)
+    found = single([torch.ones(3)], 4).merged(single([torch.zeros(3)], 4))
     with pytest.raises(ValueError, match="inner=True"):
         InnerProductTest().needed(found)
     with pytest.raises(ValueError, match="coordinates=True"):
-        NormTest(0.1, "max").needed(found.merged(found))
+        NormTest(0.1, "max").needed(found)
     for bad in ("mean", "quantile:2", "quantile"):
         with pytest.raises(ValueError, match="'max', 'tensor' or 'quantile:Q'"):
             NormTest(0.1, bad)

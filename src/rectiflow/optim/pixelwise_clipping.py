@@ -254,7 +254,10 @@ class PixelwiseClip(nn.Module):
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, suppression={self.suppression}, norm={self.norm}"
 
-    def _clip(self, grad: Tensor) -> Tensor:
+    def _clip(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            # A second derivative that is zero comes as nothing.
+            return None
         with torch.no_grad():
             sizes = pixel_norms(grad, channel_dim=self.channel_dim, norm=self.norm)
             scale = self.scale() if self.scale is not None else 1.0
