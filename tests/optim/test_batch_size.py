@@ -26,7 +26,7 @@ from rectiflow.optim import (
     per_sample_statistics,
     rank_statistics,
 )
-from rectiflow.optim.gradient_statistics import single
+from rectiflow.optim.micro_batches import single
 
 DOUBLE = torch.float64
 
@@ -164,7 +164,7 @@ def test_micro_batches_estimate_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.zeros(30, dtype=DOUBLE))
     estimates = []
-    for _ in range(200):
+    for _ in range(50):
         watch = MicroBatchStatistics([weight], unit=5, times=8)
         weight.grad = None
         for _ in range(8):
@@ -174,8 +174,8 @@ def test_micro_batches_estimate_the_same() -> None:
         found = watch.statistics()
         assert found.samples == 40
         estimates.append(found.noise)
-    # 200 estimates of 4 * 30 with 7 * 30 degrees of freedom each: a standard error of 0.8.
-    assert np.mean(estimates) == pytest.approx(120, abs=3)
+    # 50 estimates of 4 * 30 with 7 * 30 degrees of freedom each: a standard error of 1.7.
+    assert np.mean(estimates) == pytest.approx(120, abs=6)
     torch.testing.assert_close(found.mean[0], weight.grad, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="nothing was observed"):
         watch.statistics()
@@ -282,7 +282,7 @@ def test_order_of_what_tests_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "processes, max_micro, b_max", [(1, None, 1000), (3, None, 1000), (4, 10, 90), (1, 7, 101)]
+    "processes, max_micro, b_max", [(1, None, 50), (3, None, 50), (4, 10, 90), (1, 7, 101)]
 )
 def test_plans_hold_what_is_asked(processes, max_micro, b_max) -> None:
     for size in range(processes, b_max + 1):

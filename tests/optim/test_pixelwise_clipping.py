@@ -13,9 +13,10 @@ from rectiflow.optim import (
     calibrate_threshold,
     pixel_norms,
     pixelwise_clip,
+    score_distillation_loss,
     suppress,
 )
-from rectiflow.optim.pixelwise_clipping import SUPPRESSIONS
+from rectiflow.optim.suppression import SUPPRESSIONS
 from rectiflow.vectors import cosine
 
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -254,13 +255,21 @@ def test_behind_a_linear_encoder() -> None:
         image = torch.zeros(1, 3, 4, 4, requires_grad=True)
         clip = PixelwiseClip(0.5, scale=lambda factor=factor: factor)
         latent = clip(image).flatten(1) @ matrix.T
-        # The gradient of this loss with respect to the latent is exactly the target.
-        surrogate = 0.5 * (latent - (latent - target).detach()).square().sum()
+        surrogate = score_distillation_loss(latent, target)
+        assert surrogate == 0.5 * target.square().sum()
         (slope,) = torch.autograd.grad(factor * surrogate, latent, retain_graph=True)
-        torch.testing.assert_close(slope, factor * target)
+        assert torch.equal(slope, factor * target)
         (factor * surrogate).backward()
         wanted = (target @ matrix).reshape(1, 3, 4, 4)
         torch.testing.assert_close(image.grad / factor, pixelwise_clip(wanted, 0.5))
+
+
+def test_overflow_of_a_score_does_not_reach_the_encoder() -> None:
+    latent = torch.randn(3, requires_grad=True)
+    score_distillation_loss(latent, torch.tensor([2.0, math.nan, math.inf])).backward()
+    assert latent.grad.tolist() == [2.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"its latents, \(3,\), got \(2,\)"):
+        score_distillation_loss(latent, torch.zeros(2))
 
 
 def test_upstream_derivatives_are_right_without_clipping() -> None:

@@ -21,10 +21,12 @@ from rectiflow.optim import (
     TrActConv3d,
     TrActLinear,
     apply_tract,
+    first_layer,
     remove_tract,
+    tract,
     tract_gradient,
+    tract_windows,
 )
-from rectiflow.optim import tract as module
 
 DOUBLE = torch.float64
 # Layer and input of every kind: more rows than weights and fewer, overlapping and distant windows.
@@ -103,8 +105,8 @@ def test_gradient_is_the_plain_one_times_an_inverse(branch, size) -> None:
 
 def test_auto_solves_the_smaller_system(monkeypatch) -> None:
     sizes = []
-    solved = module._solved
-    monkeypatch.setattr(module, "_solved", lambda m, *r: sizes.append(len(m)) or solved(m, *r))
+    solved = tract.solved
+    monkeypatch.setattr(tract, "solved", lambda m, *r: sizes.append(len(m)) or solved(m, *r))
     tract_gradient(*rows(20, 6, 3))
     tract_gradient(*rows(4, 9, 3))
     assert sizes == [6, 4]
@@ -154,7 +156,7 @@ def test_chunks_of_images_add_up(monkeypatch) -> None:
     apply_tract(layer)
     whole = passed(layer, x)["weight"].clone()
     layer.zero_grad()
-    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(tract_windows, "CHUNK", 1)
     torch.testing.assert_close(passed(layer, x)["weight"], whole, rtol=1e-12, atol=1e-14)
 
 
@@ -206,14 +208,14 @@ def test_no_fixed_point_is_won_or_lost() -> None:
 
 
 def test_pixels_up_to_255_are_solved_in_single_precision() -> None:
-    # The Gram matrix of 784 pixels alone is rounded by more than lam: undamped, Cholesky fails.
-    a = torch.rand(1000, 784) * 255
-    g = torch.randn(1000, 2)
+    # The Gram matrix of 256 pixels alone is rounded by more than lam: undamped, Cholesky fails.
+    a = torch.rand(300, 256) * 255
+    g = torch.randn(300, 2)
     found = tract_gradient(a, g)
-    moment = a.double().T @ a.double() / 1000
+    moment = a.double().T @ a.double() / 300
     floor = 4 * torch.finfo(torch.float32).eps * moment.trace()
     assert floor > 0.1
-    exact = g.double().T @ a.double() @ torch.linalg.inv(moment + floor * torch.eye(784))
+    exact = g.double().T @ a.double() @ torch.linalg.inv(moment + floor * torch.eye(256))
     assert (found - exact).norm() < 1e-3 * exact.norm()
 
 
@@ -305,7 +307,7 @@ def test_functional_gradients() -> None:
 
 
 def test_compiled() -> None:
-    layer, x = made("conv2d")
+    layer, x = made("linear, tall")
     apply_tract(layer)
     wanted = passed(layer, x)["weight"].clone()
     layer.zero_grad()
@@ -345,6 +347,8 @@ def test_first_layer_is_the_first_that_sees_the_data() -> None:
     assert [p.requires_grad for p in model.out.parameters()] == [False, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(len(m._forward_pre_hooks) for m in model.modules())
+    called = Timed()
+    assert first_layer(called, lambda: called(torch.randn(3, 2), torch.rand(3))) == "into"
     assert apply_tract(Timed()) == "time.0"
     assert apply_tract(Timed(), layer="out") == "out"
 

@@ -65,7 +65,7 @@ class NormTest:
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> rows = [torch.tensor([[1.0], [3.0]])]
         >>> found = per_sample_statistics(net, lambda net, x: net(x).sum(), rows)
-        >>> NormTest(eta=0.5).needed(found)
+        >>> round(NormTest(eta=0.5).needed(found), 4)
         2.0
 
     Source: arXiv 2402.11215, section 3; Byrd et al. 2012.
@@ -122,13 +122,14 @@ def _ratios(statistics: GradientStatistics) -> Tensor:
                 "squares of single coordinates were not kept: ask for statistics with "
                 "coordinates=True"
             )
-        found = v / m.square()
-        ratios.append(torch.where(v > 0, found, 0).flatten())
+        ratios.append(torch.where(v == 0, 0, v / m.square()).flatten())
     return torch.cat(ratios)
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """The least value with at least that share at or below it."""
+    """The least value with at least that share at or below it; NaN if one is."""
+    if values.isnan().any():
+        return math.nan
     return float(torch.kthvalue(values, max(1, math.ceil(share * len(values)))).values)
 
 

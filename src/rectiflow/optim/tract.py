@@ -7,14 +7,10 @@ damped second moment: bright images no longer move a first layer more than dim o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from rectiflow.errors import positive, unknown
 from rectiflow.vectors.batchwise import wide
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
 BRANCHES = ("auto", "tall", "wide")
 GRAMS = ("local", "allreduce")
 FORMS = ("backward", "graph")
-# Numbers of unfolded images at a time: 64 MiB in float32.
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -101,11 +95,11 @@ def tract_gradient(
     rows, width = a.shape[-2:]
     damping = TrActSettings(lam, relative)
     if branch == "wide" or (branch == "auto" and rows < width):
-        return _solved(a @ a.mT / max(rows, 1), g, damping, width).mT @ a
-    return _solved(a.mT @ a / max(rows, 1), a.mT @ g, damping, width).mT
+        return solved(a @ a.mT / max(rows, 1), g, damping, width).mT @ a
+    return solved(a.mT @ a / max(rows, 1), a.mT @ g, damping, width).mT
 
 
-def _solved(moment: Tensor, right: Tensor, settings: TrActSettings, width: int) -> Tensor:
+def solved(moment: Tensor, right: Tensor, settings: TrActSettings, width: int) -> Tensor:
     """`(moment + lam I)^-1 right`; both forms of the moment have the same trace."""
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
     lam = trace.new_full((), settings.lam)
@@ -117,156 +111,3 @@ def _solved(moment: Tensor, right: Tensor, settings: TrActSettings, width: int) 
     factor, failed = torch.linalg.cholesky_ex(moment + lam[..., None, None] * eye)
     solution = torch.cholesky_solve(right, factor)
     return torch.where((failed == 0)[..., None, None], solution, torch.nan)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Which rows a layer multiplies with its weight: none of its fields are set for linear ones.
-
-    Attributes:
-        kernel: size of a convolution's windows.
-        stride: their distance.
-        dilation: the distance of their elements.
-        padding: as `functional.pad` takes it.
-        mode: of padding, as `functional.pad` takes it.
-        groups: groups of channels.
-    """
-
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    mode: str = "constant"
-    groups: int = 1
-
-    def batched(self, values: Tensor) -> Tensor:
-        """Inputs or outputs with one leading dimension."""
-        if not self.kernel:
-            return values.reshape(-1, values.shape[-1])
-        return values if values.ndim == len(self.kernel) + 2 else values[None]
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Batched inputs as `(groups, rows, n)`: one row for each place of each image."""
-        if not self.kernel:
-            return x[None]
-        if any(self.padding):
-            x = functional.pad(x, self.padding, mode=self.mode)
-        for place, (size, stride, gap) in enumerate(zip(self.kernel, self.stride, self.dilation)):
-            x = x.unfold(2 + place, gap * (size - 1) + 1, stride)[..., ::gap]
-        count, channels = len(self.kernel), x.shape[1] // self.groups
-        x = x.unflatten(1, (self.groups, channels))
-        space, window = range(3, 3 + count), range(3 + count, 3 + 2 * count)
-        x = x.permute(1, 0, *space, 2, *window)
-        return x.flatten(2 + count).flatten(1, 1 + count)
-
-    def columns(self, z: Tensor) -> Tensor:
-        """Batched outputs as `(groups, rows, m)`, rows in the same order."""
-        if not self.kernel:
-            return z[None]
-        z = z.unflatten(1, (self.groups, z.shape[1] // self.groups))
-        return z.flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
-
-    def outputs(self, columns: Tensor, like: Tensor) -> Tensor:
-        """The other way: columns in the shape of the layer's outputs."""
-        if not self.kernel:
-            return columns.reshape(like.shape)
-        batch = self.batched(like)
-        count = len(batch)
-        return columns.unflatten(1, (count, -1)).permute(1, 0, 3, 2).reshape(like.shape)
-
-    def chunks(self, x: Tensor, z: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Rows and columns of some images after another, so that few are unfolded at a time."""
-        count = len(x)
-        if self.kernel:
-            each = x.shape[1] * math.prod(self.kernel) * math.prod(z.shape[2:])
-            count = max(1, CHUNK // max(each, 1))
-        for start in range(0, len(x), max(count, 1)):
-            piece = slice(start, start + count)
-            yield self.rows(x[piece]), self.columns(z[piece])
-
-
-def _layer_gradient(
-    x: Tensor, upstream: Tensor, shape: torch.Size, windows: Windows, settings: TrActSettings
-) -> Tensor:
-    """The rectified gradient of a layer's weight."""
-    x, upstream = windows.batched(x), windows.batched(upstream)
-    groups, width = windows.groups, math.prod(shape[1:])
-    count = len(x) * math.prod(upstream.shape[2:])
-    if count < width and settings.gram == "local":
-        a, g = windows.rows(x), windows.columns(upstream)
-        return tract_gradient(a, g, settings.lam, relative=settings.relative).reshape(shape)
-    dtype = torch.promote_types(wide(x).dtype, wide(upstream).dtype)
-    gram = x.new_zeros((groups, width, width), dtype=dtype)
-    cross = x.new_zeros((groups, width, shape[0] // groups), dtype=dtype)
-    for rows, columns in windows.chunks(x, upstream):
-        a, g = rows.to(dtype), columns.to(dtype)
-        gram += a.mT @ a
-        cross += a.mT @ g
-    moment = _mean(gram, count, settings)
-    return _solved(moment, cross, settings, width).mT.reshape(shape)
-
-
-def _mean(gram: Tensor, count: int, settings: TrActSettings) -> Tensor:
-    """The second moment of a Gram matrix of `count` rows, of all processes where that is asked."""
-    from torch import distributed
-
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    if settings.gram == "local" or alone:
-        return gram / max(count, 1)
-    packed = torch.cat([gram.flatten(), gram.new_tensor([count])])
-    distributed.all_reduce(packed)
-    return packed[:-1].view_as(gram) / packed[-1].clamp(min=1)
-
-
-class _Rectified(torch.autograd.Function):
-    """A layer's outputs as they are; backward, its weight gets the rectified gradient."""
-
-    @staticmethod
-    def forward(
-        z: Tensor, weight: Tensor, x: Tensor, windows: Windows, settings: TrActSettings
-    ) -> Tensor:
-        return z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, weight, x, ctx.windows, ctx.settings = inputs
-        # The same tensor, not a view of it: activations may work in place on what comes out.
-        ctx.mark_dirty(z)
-        ctx.save_for_backward(x)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            found = _layer_gradient(x, upstream, ctx.shape, ctx.windows, ctx.settings)
-        return upstream, found.to(ctx.dtype), None, None, None
-
-
-def rectified(
-    z: Tensor, weight: Tensor, x: Tensor, windows: Windows, settings: TrActSettings
-) -> Tensor:
-    """Outputs that do not depend on the weight, with its rectified gradient added to their graph.
-
-    Args:
-        z: outputs of a layer with detached weight; taken over (changed in place).
-        weight: the weight.
-        x: the inputs.
-        windows: which rows of the inputs the weight multiplies.
-        settings: how the gradient is rectified.
-    """
-    x = x.detach()
-    if settings.form == "backward":
-        return _Rectified.apply(z, weight, x, windows, settings)
-    with torch.autocast(x.device.type, enabled=False):
-        a = wide(windows.rows(windows.batched(x)))
-        rows, width = a.shape[-2:]
-        if rows < width and settings.gram == "local":
-            solved = _solved(a @ a.mT / max(rows, 1), a, settings, width)
-        else:
-            solved = _solved(_mean(a.mT @ a, rows, settings), a.mT, settings, width).mT
-        filters = weight.flatten(1).unflatten(0, (windows.groups, -1)).to(a.dtype)
-        moved = windows.outputs(solved @ filters.mT, z).to(z.dtype)
-    # The value of the difference is zero, its gradient is not.
-    return z + (moved - moved.detach())

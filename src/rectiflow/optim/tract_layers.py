@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rectiflow.optim.tract import TrActSettings, Windows, rectified
+from rectiflow.optim.layer_search import Example, first_layer
+from rectiflow.optim.tract import TrActSettings
+from rectiflow.optim.tract_backward import rectified
+from rectiflow.optim.tract_windows import Windows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -167,7 +169,7 @@ def apply_tract(
     lam: float = 0.1,
     *,
     layer: str | None = None,
-    example: Sequence[Any] | None = None,
+    example: Example | None = None,
     relative: bool = False,
     gram: str = "local",
     form: str = "backward",
@@ -180,12 +182,8 @@ def apply_tract(
     Args:
         model: the model, or the layer itself.
         lam: damping, see `TrActSettings`; where the layer has it already, the new value counts.
-        layer: path of the layer, as in `model.named_modules()`. Without it the first one with
-            weights of its own is taken: in the order of calls if there is an `example`, otherwise
-            in the order in which the model names its layers.
-        example: arguments of one call of the model, the data first. The model is called once, in
-            evaluation mode, and only layers that see the data count: a flow's time embedding,
-            called before, does not.
+        layer: path of the layer, as in `model.named_modules()`; the first one by default.
+        example: shows which layer is first, see `first_layer`.
         relative: see `TrActSettings`; for inputs that are not standardised.
         gram: see `TrActSettings`.
         form: see `TrActSettings`.
@@ -250,82 +248,3 @@ def remove_tract(model: nn.Module) -> nn.Module:
         del module.tract
         module.__class__ = PLAIN[type(module)]  # type: ignore[assignment]
     return model
-
-
-def first_layer(model: nn.Module, example: Sequence[Any] | None = None) -> str:
-    """The path of the first layer with weights of its own and none inside it; see `apply_tract`.
-
-    Args:
-        model: the model.
-        example: arguments of one call, the data first.
-
-    Raises:
-        ValueError: there is none, or data of an example that are no floating-point tensor.
-    """
-    names = [
-        (name, module)
-        for name, module in model.named_modules()
-        if _weighs(module) and not any(_weighs(m) for m in module.modules() if m is not module)
-    ]
-    if example is None:
-        found = [name for name, _ in names]
-    else:
-        found = _fed(model, names, example)
-    if not found:
-        raise ValueError(
-            "no layer with weights was found"
-            + (" that sees the data of the example" if example is not None else "")
-            + ": give its path as layer="
-        )
-    return found[0]
-
-
-def _weighs(module: nn.Module) -> bool:
-    """Whether a module has weights of its own."""
-    return any(True for _ in module.parameters(recurse=False))
-
-
-def _fed(
-    model: nn.Module, names: Sequence[tuple[str, nn.Module]], example: Sequence[Any]
-) -> list[str]:
-    """The layers whose inputs depend on the first argument, in the order of their calls."""
-    data = example[0] if example else None
-    if not (torch.is_tensor(data) and data.is_floating_point()):
-        raise ValueError(
-            "the example begins with the data, a floating-point tensor; for others give layer="
-        )
-    found: list[str] = []
-    handles = []
-    for name, module in names:
-
-        def look(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
-            given = (*args, *kwargs.values())
-            if any(torch.is_tensor(value) and value.requires_grad for value in given):
-                found.append(name)
-
-        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-    try:
-        # With all weights frozen, only what depends on the data needs a gradient.
-        with _frozen(model), torch.enable_grad():
-            model(data.detach().clone().requires_grad_(), *example[1:])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode whose weights need no gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_()
-        for module, mode in modes:
-            module.training = mode
