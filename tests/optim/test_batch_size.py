@@ -316,6 +316,10 @@ def test_controller_grows_and_never_shrinks() -> None:
             assert not controller.due
             controller.advance()
     assert sizes == [4, 32, 32, 90, 90]
+    uneven = BatchSizeController(NormTest(1.0), 4, b_max=40, max_micro=16, interval=1)
+    uneven.test(lambda: told(1e9, 1.0))
+    uneven.advance()
+    assert (uneven.batch_size, uneven.due) == (39, False)
     assert not controller.due
     records = controller.records
     assert [r.batch_size for r in records] == [4, 4, 32, 32, 90]

@@ -110,6 +110,10 @@ class BatchSizeController:
         self.plan = BatchPlan.of(
             batch_size, processes=processes, max_micro=max_micro, at_most=b_max
         )
+        # Equal micro-batches may miss b_max by some samples.
+        self.most = BatchPlan.of(
+            b_max, processes=processes, max_micro=max_micro, at_most=b_max
+        ).size
         self._coming = self.plan
         self.first = self.plan.size
         self.step = self.samples = 0
@@ -124,7 +128,7 @@ class BatchSizeController:
     @property
     def due(self) -> bool:
         """Whether this step's batch should be tested."""
-        return self.step % self.interval == 0 and self.batch_size < self.b_max
+        return self.step % self.interval == 0 and self.batch_size < self.most
 
     @property
     def lr_factor(self) -> float:
@@ -193,9 +197,19 @@ class BatchSizeController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state of as many processes.
+
+        Raises:
+            ValueError: the state is of another number of processes.
+        """
+        planned = BatchPlan(**state["plan"])
+        if planned.processes != self.plan.processes:
+            raise ValueError(
+                f"batches grew on {planned.processes} processes, and now there are "
+                f"{self.plan.processes}: go on with as many as before"
+            )
+        self.plan = self._coming = planned
         self.step, self.samples, self.first = state["step"], state["samples"], state["first"]
-        self.plan = self._coming = BatchPlan(**state["plan"])
         self._smooth = [(noise, signal) for noise, signal in state["smooth"]]
         self.records = [
             BatchRecord(**{**record, "plan": BatchPlan(**record["plan"])})
