@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.recipes.quick import run_quick
 
-from rectiflow.recipes import tract
-from rectiflow.recipes.tract import PLAIN, PRESETS, Trained, _checks, regress
+from rectiflow.recipes.classifiers import Images
+from rectiflow.recipes.pixel_regression import regress
+from rectiflow.recipes.tract import PLAIN, PRESETS, Trained, _checks
 
 
 def trained(*accuracies: float) -> list[Trained]:
@@ -15,7 +15,7 @@ def trained(*accuracies: float) -> list[Trained]:
 
 
 def test_two_standard_errors_decide() -> None:
-    regression = regress(PRESETS["default"])
+    regression = regress(20, 500, 60)
     plain = trained(0.70, 0.72, 0.71)
     # Gains of 2, 1 and 3 points: a mean of 2, a standard error of 0.577.
     sure = {PLAIN: plain, "TrAct, λ = 0.1": trained(0.72, 0.73, 0.74)}
@@ -27,7 +27,7 @@ def test_two_standard_errors_decide() -> None:
 
 
 def test_regression_shows_what_the_rule_does() -> None:
-    found = regress(PRESETS["default"])
+    found = regress(20, 500, 60)
     assert found.plain > 1e4
     assert found.rectified == pytest.approx(found.expected, rel=1e-6)
     assert found.rectified < 1.1
@@ -43,6 +43,7 @@ def test_presets_are_those_of_the_specification() -> None:
     assert (settings.train, settings.test, settings.epochs, settings.batch_size) == (
         10_000, 4_000, 2, 128,
     )  # fmt: skip
+    assert (settings.pixels, settings.rows, settings.regression_steps) == (20, 500, 60)
     assert settings.lams == (0.05, 0.1, 0.2)
     assert (settings.cnn_rates, settings.vit_rates) == ((0.03, 0.1), (1e-3, 3e-3))
     assert len(settings.seeds) >= 5
@@ -50,8 +51,7 @@ def test_presets_are_those_of_the_specification() -> None:
 
 
 def test_digits_stand_in_for_absent_data(tmp_path: Path) -> None:
-    settings = replace(PRESETS["quick"], data=f"fashion-mnist:{tmp_path}")
-    images = tract.Images.of(settings)
+    images = Images.of(f"fashion-mnist:{tmp_path}", 640, 200)
     assert images.name == "digits"
     assert images.inputs.shape == (640, 1, 8, 8)
     assert float(images.inputs.std()) == pytest.approx(1, abs=1e-3)

@@ -1,7 +1,7 @@
 """AdAdaGrad: batches that grow with the gradient's noise, against constant ones of every size.
 
-A small network on small garments, AdaGrad at one learning rate for all arms, and the same number
-of samples for each: growing batches take fewer steps. Whether they also generalise better than
+A small network on small garments, AdaGrad at a rate tuned alike for each arm, and the same number
+of samples for all: growing batches take fewer steps. Whether they also generalise better than
 chance would have it shows against a constant batch of their own average size, which takes as many
 steps. The paper trains on MNIST, CIFAR-10 and ImageNet with residual networks.
 
@@ -56,8 +56,8 @@ class Settings:
     """Images trained on, from the first."""
     width: int = 64
     """Hidden units."""
-    rate: float = 0.03
-    """Learning rate of all arms."""
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """Learning rates tried for each arm."""
     budget: int = 240_000
     """Samples of one training."""
     constant: tuple[int, ...] = (16, 512)
@@ -74,6 +74,8 @@ class Settings:
     """Steps between tests."""
     tested: int = 512
     """Most samples that a test looks at."""
+    tuning_seeds: tuple[int, ...] = (100,)
+    """Seeds that choose the rate of an arm."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and batches."""
 
@@ -84,6 +86,7 @@ PRESETS = {
         size=None,
         train=1000,
         width=16,
+        rates=(0.03,),
         budget=6_000,
         constant=(16,),
         b_max=512,
@@ -98,7 +101,7 @@ PRESETS = {
         size=None,
         train=50_000,
         width=1024,
-        rate=0.05,
+        rates=(0.005, 0.05, 0.5),
         budget=10_000_000,
         constant=(8, 512),
         b_min=8,
@@ -130,17 +133,23 @@ def run(settings: Settings, run: Run) -> Result:
     """The arms, the checks and the pictures."""
     data = _images(settings)
     arms: dict[str, list[Trained]] = {}
+    rates: dict[str, float] = {}
+
+    def add(name: str, batch: int, rule: BatchTest | None) -> None:
+        rates[name] = _best(batch, rule, settings, data)
+        arms[name] = [_train(batch, rule, rates[name], settings, data, s) for s in settings.seeds]
+
     for batch in (*settings.constant, settings.b_max):
-        arms[_constant(batch)] = [_train(batch, None, settings, data, s) for s in settings.seeds]
+        add(_constant(batch), batch, None)
     rules: dict[str, BatchTest] = {
         _norm(eta): NormTest(eta) for eta in (*settings.others, settings.eta)
     }
     rules["augmented inner-product test"] = InnerProductTest(0.5, nu=1.0)
     for name, rule in rules.items():
-        arms[name] = [_train(settings.b_min, rule, settings, data, seed) for seed in settings.seeds]
+        add(name, settings.b_min, rule)
     chosen = arms[_norm(settings.eta)]
     average = round(statistics.fmean(settings.budget / one.steps for one in chosen))
-    arms[AVERAGE] = [_train(average, None, settings, data, seed) for seed in settings.seeds]
+    add(AVERAGE, average, None)
     return Result(
         slug="adadagrad",
         claim=CLAIM,
@@ -155,12 +164,14 @@ def run(settings: Settings, run: Run) -> Result:
         checks=_checks(arms, settings),
         seeds=settings.seeds,
         notes=[
-            f"{settings.budget:,} samples each, AdaGrad at {settings.rate:g} for all: one rate was "
-            "tried, the specification's.",
+            f"{settings.budget:,} samples each, AdaGrad at the best of {len(settings.rates)} rates on "
+            f"{len(settings.tuning_seeds)} other seed: "
+            + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
+            + ".",
             f"Tests look at up to {settings.tested} samples of the batch every "
             f"{settings.interval} steps. The average batch of the norm test with "
             f"η = {settings.eta:g} is {average}.",
-            _best(arms),
+            _leaders(arms),
         ],
         pictures=_draw(arms, settings, run),
     )
@@ -201,8 +212,20 @@ def _loss(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(net(x), labels)
 
 
+def _best(batch: int, rule: BatchTest | None, settings: Settings, data: _Data) -> float:
+    """The rate of the best mean accuracy on the tuning seeds."""
+    if len(settings.rates) == 1:
+        return settings.rates[0]
+
+    def accuracy(rate: float) -> float:
+        tried = [_train(batch, rule, rate, settings, data, s) for s in settings.tuning_seeds]
+        return statistics.fmean(one.accuracy for one in tried)
+
+    return max(settings.rates, key=accuracy)
+
+
 def _train(
-    batch: int, rule: BatchTest | None, settings: Settings, data: _Data, seed: int
+    batch: int, rule: BatchTest | None, rate: float, settings: Settings, data: _Data, seed: int
 ) -> Trained:
     """One training; weights and the order of samples depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -212,7 +235,7 @@ def _train(
             nn.ReLU(),
             nn.Linear(settings.width, data.classes),
         )
-    optimizer = AdAdaGrad(net.parameters(), settings.rate)
+    optimizer = AdAdaGrad(net.parameters(), rate)
     controller = BatchSizeController(
         rule if rule is not None else NormTest(),
         batch,
@@ -275,7 +298,7 @@ def _checks(arms: Mapping[str, Sequence[Trained]], settings: Settings) -> list[C
     ]
 
 
-def _best(arms: Mapping[str, Sequence[Trained]]) -> str:
+def _leaders(arms: Mapping[str, Sequence[Trained]]) -> str:
     """Which constant batch does best."""
     means = {arm: statistics.fmean(one.accuracy for one in found) for arm, found in arms.items()}
     fixed = max((arm for arm in means if arm.startswith("constant")), key=means.__getitem__)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from rectiflow.optim import TrActLinear, apply_tract
+from rectiflow.optim import apply_tract
+from rectiflow.recipes.classifiers import Images, PatchTransformer, judged, small_cnn
+from rectiflow.recipes.pixel_regression import SAME_RATE, TRACT_RATE, Regression, regress
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import numbers
-from rectiflow.training.data import load
 from rectiflow.training.figures import bands, curves
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
@@ -114,36 +115,6 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Images:
-    """Standardised images with labels, for training and for judging."""
-
-    inputs: Tensor
-    labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-    classes: int
-    name: str
-
-    @classmethod
-    def of(cls, settings: Settings) -> Images:
-        """The first images of both splits, standardised by those of the first."""
-        spec = settings.data
-        try:
-            splits = [load(spec, split=split, size=settings.size) for split in ("train", "test")]
-        except FileNotFoundError:
-            spec = "digits"
-            splits = [load(spec, split=split) for split in ("train", "test")]
-        rows = [range(min(len(s), n)) for s, n in zip(splits, (settings.train, settings.test))]
-        (x, test), labels = (
-            [s.batch(r) for s, r in zip(splits, rows)],
-            [s.condition(r)["label"] for s, r in zip(splits, rows)],
-        )
-        mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-        x, test = (x - mean) / deviation, (test - mean) / deviation
-        return cls(x, labels[0], test, labels[1], len(splits[0].classes), spec)
-
-
-@dataclass(frozen=True)
 class Trained:
     """What one training gave.
 
@@ -162,7 +133,7 @@ class Trained:
 
 def run(settings: Settings, run: Run) -> Result:
     """The experiments, their checks and pictures."""
-    images = Images.of(settings)
+    images = Images.of(settings.data, settings.train, settings.test, size=settings.size)
     rates, arms = {}, {}
     for kind, grid in ((CNN, settings.cnn_rates), (VIT, settings.vit_rates)):
         rates[kind] = _best(kind, grid, settings, images)
@@ -170,7 +141,7 @@ def run(settings: Settings, run: Run) -> Result:
             name: [_train(kind, lam, rates[kind], settings, images, s) for s in settings.seeds]
             for name, lam in ((PLAIN, None), *((_name(lam), lam) for lam in settings.lams))
         }
-    regression = regress(settings)
+    regression = regress(settings.pixels, settings.rows, settings.regression_steps)
     return Result(
         slug="tract",
         claim=CLAIM,
@@ -189,57 +160,10 @@ def _name(lam: float) -> str:
 def _network(kind: str, settings: Settings, images: Images) -> nn.Module:
     channels, side = images.inputs.shape[1:3]
     if kind == CNN:
-        return _cnn(channels, settings.cnn_width, images.classes)
+        return small_cnn(channels, settings.cnn_width, images.classes)
     return PatchTransformer(
         channels, side, settings.vit_width, settings.vit_depth, settings.vit_heads, images.classes
     )
-
-
-def _cnn(channels: int, width: int, classes: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for place, kernel in enumerate((5, 3, 3)):
-        out = width << place
-        layers += [
-            nn.Conv2d(channels, out, kernel, stride=2, padding=kernel // 2),
-            nn.BatchNorm2d(out),
-            nn.ReLU(),
-        ]
-        channels = out
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(*layers)
-
-
-class PatchTransformer(nn.Module):
-    """A small vision transformer: four by four patches, learned places, mean of the tokens.
-
-    Args:
-        channels: of the images.
-        side: of the images, in pixels, a multiple of four.
-        width: of the tokens.
-        depth: blocks.
-        heads: of the attention.
-        classes: of the answers.
-    """
-
-    def __init__(
-        self, channels: int, side: int, width: int, depth: int, heads: int, classes: int
-    ) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(channels, width, side // 4, stride=side // 4)
-        self.places = nn.Parameter(torch.randn(1, 16, width) * 0.02)
-        self.blocks = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
-                )
-                for _ in range(depth)
-            )
-        )
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).mT + self.places
-        return self.head(self.blocks(tokens).mean(1))
 
 
 def _best(kind: str, grid: Sequence[float], settings: Settings, images: Images) -> float:
@@ -288,97 +212,11 @@ def _train(
         optimizer.step()
         losses.append(float(loss.detach()))
         if step + 1 == per_epoch:
-            first = _judged(net, images.inputs[:2000], images.labels[:2000])[0]
+            first = judged(net, images.inputs[:2000], images.labels[:2000])[0]
     stretch = max(1, steps // 16)
     means = [statistics.fmean(losses[i : i + stretch]) for i in range(0, steps, stretch)]
-    accuracy = _judged(net, images.test_inputs, images.test_labels)[1]
+    accuracy = judged(net, images.test_inputs, images.test_labels)[1]
     return Trained(accuracy, first, tuple(means[: steps // stretch]), stretch)
-
-
-@torch.no_grad()
-def _judged(net: nn.Module, x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    net.eval()
-    answers = torch.cat([net(part) for part in x.split(1000)])
-    net.train()
-    right = answers.argmax(1) == labels
-    return float(functional.cross_entropy(answers, labels)), float(right.float().mean())
-
-
-@dataclass(frozen=True)
-class Regression:
-    """A linear regression on pixels up to 255, whose loss is exactly quadratic.
-
-    Attributes:
-        plain: condition number of the Hessian.
-        rectified: that of the steps TrAct takes, measured on the layer.
-        expected: that of s / (s + lam) over the eigenvalues s.
-        losses: loss above the least one, relative to the first, by training.
-    """
-
-    plain: float
-    rectified: float
-    expected: float
-    losses: Mapping[str, tuple[float, ...]]
-
-
-TRACT_RATE, SAME_RATE, BEST_RATE = "TrAct, rate 1", "plain, rate 1", "plain, best rate"
-
-
-def regress(settings: Settings, *, lam: float = 0.1) -> Regression:
-    """Full batches in float64, from zero weights."""
-    draw = torch.Generator().manual_seed(0)
-    double = torch.float64
-    x = torch.rand(settings.rows, settings.pixels, generator=draw, dtype=double) * 255
-    # Pixels from dim to bright, as at the border and in the middle of images.
-    x = x * torch.logspace(-2, 0, settings.pixels, dtype=double)
-    y = x @ torch.randn(settings.pixels, 1, generator=draw, dtype=double) / 255
-    y = y + 0.1 * torch.randn(y.shape, generator=draw, dtype=double)
-    spectrum = torch.linalg.eigvalsh(x.T @ x / len(x))
-    steps = spectrum / (spectrum + lam)
-    least = float((x @ torch.linalg.lstsq(x, y).solution - y).square().mean() / 2)
-
-    def layer(rectified: bool) -> nn.Linear:
-        made = TrActLinear(settings.pixels, 1, bias=False, lam=lam, dtype=double)
-        if not rectified:
-            made = nn.Linear(settings.pixels, 1, bias=False, dtype=double)
-        nn.init.zeros_(made.weight)
-        return made
-
-    def gradient(one: nn.Linear) -> Tensor:
-        one.zero_grad()
-        ((one(x) - y).square().mean() / 2).backward()
-        assert one.weight.grad is not None
-        return one.weight.grad[0]
-
-    # The gradient is affine in the weights: its slope, one weight at a time.
-    probe = layer(True)
-    offset, slopes = gradient(probe), []
-    for unit in torch.eye(settings.pixels, dtype=double):
-        probe.weight.data = unit[None].clone()
-        slopes.append(gradient(probe) - offset)
-    found = torch.linalg.eigvals(torch.stack(slopes)).real
-    best = float(2 / (spectrum[0] + spectrum[-1]))
-    losses = {}
-    for name, rectified, rate in (
-        (TRACT_RATE, True, 1.0),
-        (SAME_RATE, False, 1.0),
-        (BEST_RATE, False, best),
-    ):
-        one, curve = layer(rectified), []
-        optimizer = torch.optim.SGD(one.parameters(), rate)
-        for _ in range(settings.regression_steps):
-            gradient(one)
-            curve.append(float((one(x) - y).square().mean().detach() / 2) - least)
-            optimizer.step()
-        # Beyond this a diverging loss is as good as infinite, and can still be drawn.
-        losses[name] = tuple(min(max(value / curve[0], 1e-16), 1e12) for value in curve)
-    return Regression(
-        float(spectrum[-1] / spectrum[0]),
-        float(found.max() / found.min()),
-        float(steps.max() / steps.min()),
-        losses,
-    )
 
 
 def _gains(arms: Mapping[str, Sequence[Trained]], name: str) -> list[float]:
