@@ -164,8 +164,8 @@ def run(settings: Settings, run: Run) -> Result:
         checks=_checks(arms, settings),
         seeds=settings.seeds,
         notes=[
-            f"{settings.budget:,} samples each, AdaGrad at the best of {len(settings.rates)} rates on "
-            f"{len(settings.tuning_seeds)} other seed: "
+            f"{settings.budget:,} samples each, AdaGrad at the best of {len(settings.rates)} rates "
+            f"on {len(settings.tuning_seeds)} other seed: "
             + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
             + ".",
             f"Tests look at up to {settings.tested} samples of the batch every "
