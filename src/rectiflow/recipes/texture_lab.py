@@ -115,12 +115,16 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
     clip = PixelwiseClip(math.inf, suppression=arm.suppression, norm=arm.norm)
     met: list[Tensor] = []
 
+    def spiked(gradient: Tensor) -> Tensor:
+        met.append(gradient * spikes)
+        return met[-1]
+
     def gradient(draw: torch.Generator) -> Tensor:
         """The texture's gradient in the views of one step."""
         grid = _grid(lab, draw)
         views = _look(texture, grid)
         judged = views.view_as(views) if arm.latent else clip(views)
-        judged.register_hook(lambda g: met.append(g) or g * spikes)
+        judged.register_hook(spiked)
         latents = lab.encoder(judged)
         with torch.no_grad():
             away = latents - lab.encoder(_look(target, grid))
@@ -140,9 +144,9 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
         speed = 0.9 * speed + gradient(draw)
         with torch.no_grad():
             texture.sub_(rate * speed).clamp_(-1, 1)
-        largest.append(float((met[0] * spikes).abs().amax()))
+        largest.append(float(met[0].abs().amax()))
         clipped.append(clip.last.fraction if clip.last is not None else 0.0)
-    found, last = texture.detach(), met[0] * spikes
+    found, last = texture.detach(), met[0]
     error = float((found - target).square().mean())
     return Painted(
         found[0],
