@@ -19,6 +19,7 @@ from rectiflow.flows.fields import FlowModel
 from rectiflow.optim.coordinate_clipping import clip_coordinates_
 from rectiflow.optim.tract_layers import remove_tract
 from rectiflow.training import checkpoints, curvature, optimizers
+from rectiflow.training.acceleration import flat, make_accelerator
 from rectiflow.training.averaging import EMA
 from rectiflow.training.batches import Batches, GrowthSettings
 from rectiflow.training.first_layer import train_first_layer
@@ -82,8 +83,8 @@ class TrainerSettings:
             positive("tract", self.tract)
             if self.optim.name.startswith("sophia"):
                 raise ValueError(
-                    f"{self.optim.name} reads curvature off gradients, and --tract changes those of "
-                    "the first layer: choose one of them"
+                    f"{self.optim.name} reads curvature off gradients, and --tract changes those "
+                    "of the first layer: choose one of them"
                 )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
@@ -160,7 +161,9 @@ class Trainer:
             check(self.settings)
         self.folder = Path(folder) if folder is not None else None
         self.title, self.callbacks = title, list(callbacks)
-        self.accelerator = accelerator if accelerator is not None else self._make_accelerator()
+        self.accelerator = accelerator or make_accelerator(
+            self.settings.precision, self.settings.tracker, self.folder
+        )
         self.device = self.accelerator.device
         self.phases = list(method.phases())
         method.model.to(self.device)
@@ -217,7 +220,7 @@ class Trainer:
             self._resume()
         path = self.folder / "metrics.jsonl" if self.folder is not None else None
         log = MetricsLog(path if self._writes else None, self.step)
-        self.accelerator.init_trackers("rectiflow", config=_flat(asdict(settings)))
+        self.accelerator.init_trackers("rectiflow", config=flat(asdict(settings)))
         for phase in self.phases:
             phase.module.train()
         shown = self.accelerator.is_main_process
@@ -402,31 +405,3 @@ class Trainer:
         set_random_state(state["random"], self.device)
         self.step = int(state["step"])
         self.batches.load_state_dict(state["batches"])
-
-    def _make_accelerator(self) -> Any:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        state = AcceleratorState._shared_state
-        if state and state["_mixed_precision"] != self.settings.precision:
-            # Accelerate keeps the precision of a process's first training for all others.
-            AcceleratorState._reset_state()
-        tracked = self.settings.tracker != "none" and self.folder is not None
-        return Accelerator(
-            mixed_precision=self.settings.precision,
-            log_with=self.settings.tracker if tracked else None,
-            project_dir=str(self.folder) if tracked else None,
-        )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table as one level, for trackers."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = (
-                value if isinstance(value, int | float | str | bool) else str(value)
-            )
-    return flat
