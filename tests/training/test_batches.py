@@ -77,7 +77,7 @@ def test_parts_of_all_processes_are_the_batch(processes, first, micro, parts):
     growth = GrowthSettings(first=first, largest=64, micro=micro, parts=parts)
     rows = []
     for process in range(processes):
-        batches = Batches(None, 1, growth, process=process, processes=processes)
+        batches = Batches("auto", 1, growth, process=process, processes=processes)
         assert batches.kind == "auto"
         for tested in (True, False):
             cuts = batches.begin(make_model().parameters())
@@ -144,9 +144,9 @@ def test_what_cannot_be_is_refused():
         GrowthSettings(largest=16)
     with pytest.raises(ValueError, match="micro must be > 0"):
         GrowthSettings(micro=0)
-    state = Batches(None, 1, GROWTH, processes=2).state_dict()
+    state = Batches("auto", 1, GROWTH, processes=2).state_dict()
     with pytest.raises(ValueError, match="grew on 2 processes, and now there are 1"):
-        Batches(None, 1, GROWTH).load_state_dict(state)
+        Batches("auto", 1, GROWTH).load_state_dict(state)
 
     class Two:
         model = make_model()

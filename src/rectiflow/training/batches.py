@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -62,7 +62,7 @@ class Batches:
     gradients show how noisy their mean is. Any loss will do, at no more samples than the step has.
 
     Args:
-        size: samples of a micro-batch on one process, or None to grow.
+        size: samples of a micro-batch on one process, or "auto" to grow.
         accumulate: micro-batches of a step.
         growth: how to grow.
         process: number of this process.
@@ -73,7 +73,7 @@ class Batches:
 
     def __init__(
         self,
-        size: int | None,
+        size: int | Literal["auto"],
         accumulate: int,
         growth: GrowthSettings,
         *,
@@ -81,8 +81,8 @@ class Batches:
         processes: int = 1,
     ) -> None:
         self.process, self.parts = process, growth.parts
-        self.controller = growth.controller(processes) if size is None else None
-        self._constant = BatchPlan(size or 1, accumulate, processes)
+        self.controller = growth.controller(processes) if size == "auto" else None
+        self._constant = BatchPlan(1 if size == "auto" else size, accumulate, processes)
         self._watch: MicroBatchStatistics | None = None
 
     @property

@@ -69,16 +69,15 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             positive(name, getattr(self, name))
-        if self.batch_size == "auto":
-            if self.accumulate != 1:
-                raise ValueError(
-                    "--batch-size auto plans accumulation itself: give --growth.micro in the place "
-                    "of --accumulate"
-                )
-        else:
+        if self.batch_size != "auto":
             positive("batch_size", self.batch_size)
-        if self.batch_size != "auto" and self.growth != GrowthSettings():
-            raise ValueError("--growth.* is for batches that grow: add --batch-size auto")
+            if self.growth != GrowthSettings():
+                raise ValueError("--growth.* is for batches that grow: add --batch-size auto")
+        elif self.accumulate != 1:
+            raise ValueError(
+                "--batch-size auto plans accumulation itself: give --growth.micro in the place of "
+                "--accumulate"
+            )
         if self.tract is not None:
             positive("tract", self.tract)
             if self.optim.name.startswith("sophia"):
@@ -169,7 +168,7 @@ class Trainer:
         method.model.to(self.device)
         processes = int(self.accelerator.num_processes)
         self.batches = Batches(
-            None if self.settings.batch_size == "auto" else self.settings.batch_size,
+            self.settings.batch_size,
             self.settings.accumulate,
             self.settings.growth,
             process=self.accelerator.process_index,
