@@ -154,5 +154,5 @@ def test_what_cannot_be_is_refused():
         def phases(self):
             return [Phase(name, self.model, lambda draw: torch.zeros(())) for name in "ab"]
 
-    with pytest.raises(ValueError, match="watches one loss, and this method has 2"):
+    with pytest.raises(ValueError, match="watches one loss, not 2"):
         Trainer(Two(), TrainerSettings(batch_size="auto"))

@@ -176,8 +176,7 @@ class Trainer:
         )
         if self.batches.controller is not None and len(self.phases) > 1:
             raise ValueError(
-                f"--batch-size auto watches one loss, and this method has {len(self.phases)}: give "
-                "a number"
+                f"--batch-size auto watches one loss, not {len(self.phases)}: give a number"
             )
         self.generator = torch.Generator(self.device)
         if self.settings.tract is not None:
