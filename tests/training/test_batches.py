@@ -100,16 +100,18 @@ def test_every_sample_comes_once_an_epoch_while_batches_grow(tmp_path):
 
     watched = trainer(8, tmp_path, data=Watched(DATA))
     watched.fit()
-    sizes = {row["step"]: row["batch_size"] for row in read_log(tmp_path / "metrics.jsonl")}
-    assert sizes[1] == 8
-    assert sizes[8] == 48
+    sizes = [row["batch_size"] for row in read_log(tmp_path / "metrics.jsonl")]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 48
     assert len(seen) == watched.batches.before(8) > 200
     for start in (0, 100):
         assert sorted(seen[start : start + 100]) == list(range(100))
 
 
 def test_rates_follow_batches():
-    found = trainer(7, growth=replace(GROWTH, lr_scaling="sqrt"), optim=OptimizerSettings("sgd"))
+    found = trainer(
+        7, growth=replace(GROWTH, eta=0.01, lr_scaling="sqrt"), optim=OptimizerSettings("sgd")
+    )
     found.fit()
     assert found.batches.plan.size == 48
     rate = found._optimizers[0].param_groups[0]["lr"]
@@ -127,7 +129,7 @@ def test_grown_batches_resume_bit_for_bit(tmp_path, stop):
     model = resumed.fit(resume=True)
     assert torch.equal(weights(model), weights(expected))
     records = resumed.batches.controller.records
-    assert [r.step for r in records] == [0, 2][: len(records)] + [4, 6][: len(records) - 2]
+    assert [r.step for r in records] == [0, 2, 4, 6][: len(records)]
     assert resumed.batches.plan.size == 48
     with pytest.raises(ValueError, match="over all processes is auto, now 8"):
         trainer(9, tmp_path / "cut", batch_size=8, growth=GrowthSettings()).fit(resume=True)

@@ -112,7 +112,8 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
     places = torch.rand(lab.view, lab.view, generator=torch.Generator().manual_seed(0)) < lab.share
     spikes = torch.where(places & stressed, lab.gain, 1.0)
     texture = torch.zeros_like(target, requires_grad=True)
-    clip = PixelwiseClip(math.inf, suppression=arm.suppression, norm=arm.norm)
+    bound = math.inf
+    clip = PixelwiseClip(bound, suppression=arm.suppression, norm=arm.norm)
     met: list[Tensor] = []
 
     def spiked(gradient: Tensor) -> Tensor:
@@ -123,7 +124,9 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
         """The texture's gradient in the views of one step."""
         grid = _grid(lab, draw)
         views = _look(texture, grid)
-        judged = views.view_as(views) if arm.latent else clip(views)
+        seen = views if arm.latent else clip(views)
+        # A tensor of its own: hooks of one tensor run in order, and spikes come before the bound.
+        judged = seen.view_as(seen)
         judged.register_hook(spiked)
         latents = lab.encoder(judged)
         with torch.no_grad():
@@ -136,7 +139,7 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
         before = torch.Generator().manual_seed(seed)
         median = calibrate_threshold(clip, lambda: gradient(before), steps=5, q=0.5)
         pixels = lab.views * lab.view**2 if arm.suppression == "global-norm" else 1
-        clip.threshold = factor * median * math.sqrt(pixels)
+        clip.threshold = bound = factor * median * math.sqrt(pixels)
     draw = torch.Generator().manual_seed(seed)
     speed, largest, clipped = torch.zeros_like(target), [], []
     for _ in range(lab.steps):
@@ -154,7 +157,7 @@ def paint(lab: Lab, arm: Arm, *, rate: float, factor: float, stressed: bool, see
         _roughness(found) / _roughness(target),
         tuple(largest),
         sum(clipped) / len(clipped),
-        0.0 if arm.latent else _turn(last, suppress(last, clip.threshold, arm.suppression)),
+        0.0 if arm.latent else _turn(last, suppress(last, bound, arm.suppression, norm=arm.norm)),
     )
 
 

@@ -39,7 +39,7 @@ def train_first_layer(
     losses = [p.loss for p in phases if any(id(w) in own for w in p.module.parameters())]
     if not isinstance(net, nn.Module) or not losses:
         raise ValueError("TrAct trains the first layer of a network, and this model trains none")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         path = first_layer(net, lambda: losses[0](draw))
     if not all(p.requires_grad for p in net.get_submodule(path).parameters()):
         raise ValueError(
