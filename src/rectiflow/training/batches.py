@@ -81,8 +81,8 @@ class Batches:
         processes: int = 1,
     ) -> None:
         self.process, self.parts = process, growth.parts
-        self.controller = growth.controller(processes) if size == "auto" else None
-        self._constant = BatchPlan(1 if size == "auto" else size, accumulate, processes)
+        self.controller = None if isinstance(size, int) else growth.controller(processes)
+        self._constant = BatchPlan(size if isinstance(size, int) else 1, accumulate, processes)
         self._watch: MicroBatchStatistics | None = None
 
     @property

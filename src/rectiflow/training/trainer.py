@@ -69,7 +69,7 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             positive(name, getattr(self, name))
-        if self.batch_size != "auto":
+        if isinstance(self.batch_size, int):
             positive("batch_size", self.batch_size)
             if self.growth != GrowthSettings():
                 raise ValueError("--growth.* is for batches that grow: add --batch-size auto")
@@ -93,7 +93,7 @@ class TrainerSettings:
     @property
     def micro(self) -> int:
         """The most samples that one process sees at once."""
-        return self.growth.micro if self.batch_size == "auto" else self.batch_size
+        return self.batch_size if isinstance(self.batch_size, int) else self.growth.micro
 
     @property
     def systems(self) -> tuple[str, ...]:
