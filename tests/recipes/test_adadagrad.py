@@ -28,7 +28,7 @@ def test_checks_are_the_specifications_rules() -> None:
     assert states(0.815, 0.84, 0.83) == ["pass"] * 3
     assert states(0.81, 0.82, 0.83)[0] == "fail"
     # Above the largest batch, but not by two standard errors.
-    assert states(0.80, 0.82, 0.84, steps=900) == ["pass", "fail", "fail"]
+    assert states(0.80, 0.83, 0.845, steps=900) == ["pass", "fail", "fail"]
 
 
 def test_preset_is_the_specifications() -> None:

@@ -30,7 +30,7 @@ def test_regression_shows_what_the_rule_does() -> None:
     found = regress(20, 500, 60)
     assert found.plain > 1e4
     assert found.rectified == pytest.approx(found.expected, rel=1e-6)
-    assert found.rectified < 1.1
+    assert found.rectified < 1.2
     assert found.losses["TrAct, rate 1"][-1] < 1e-12
     assert found.losses["plain, rate 1"][-1] == 1e12
     assert 1e-3 < found.losses["plain, best rate"][-1] < 1

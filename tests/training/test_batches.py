@@ -43,18 +43,18 @@ def weights(model: FlowModel) -> torch.Tensor:
 
 
 def test_noise_is_the_variance_of_the_parts_gradients():
-    found = trainer(1)
+    found = trainer(1, growth=replace(GROWTH, first=11))
     found.fit()
     (record,) = found.batches.controller.records
     model, gradients = make_model(), []
     method = FlowMatching(model, Independent(DATA))
-    for first in (0, 2, 4):  # three equal parts of a batch of eight; the last two rows are left
-        loss = method.loss(Draw.of(8, part=slice(first, first + 2)))
+    for first in (0, 3, 6):  # three equal parts of a batch of eleven; the last two rows are left
+        loss = method.loss(Draw.of(11, part=slice(first, first + 3)))
         parts = torch.autograd.grad(loss, list(model.parameters()))
         gradients.append(torch.cat([g.flatten() for g in parts]))
     stacked = torch.stack(gradients)
-    # A mean of two samples varies half as much as one.
-    assert record.noise == pytest.approx(2 * float(stacked.var(0).sum()), rel=1e-4)
+    # A mean of three samples varies a third as much as one.
+    assert record.noise == pytest.approx(3 * float(stacked.var(0).sum()), rel=1e-4)
     assert record.signal == pytest.approx(float(stacked.mean(0).square().sum()), rel=1e-4)
 
 
