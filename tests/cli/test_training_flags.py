@@ -44,7 +44,7 @@ def test_same_names_in_a_file(tmp_path):
 def test_all_trainings_take_both(tmp_path, capsys):
     flow = str(tmp_path / "flow")
     words = ["--net", "mlp-2d", *SHORT, *GROWING, "--growth.eta", "0.01", "--out", flow]
-    assert main(["train", *words, "--tract"]) == 0
+    assert main(["train", *words, "--diagnose", "scale-invariance", "--tract"]) == 0
     entry = FlowModel.from_pretrained(f"{flow}/model").lineage[-1]
     assert entry["tract"] == 0.1
     assert entry["systems"] == ["rectified-flow", "adadagrad", "tract"]
