@@ -86,7 +86,7 @@ class DiagnoseOptions:
         from rectiflow.diagnose import diagnoses
 
         every = self.diagnose_every or max(1, settings.steps // 20)
-        return diagnoses(self.diagnose, method, every=every, batch_size=settings.batch_size)
+        return diagnoses(self.diagnose, method, every=every, batch_size=settings.micro)
 
 
 def watching(found: Sequence[Any], run: Run) -> list[Any]:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from rectiflow.errors import require, unknown
 
 T = TypeVar("T")
+# Flags that may stand alone, with what they then mean.
+ALONE = {"--tract": "0.1"}
 
 
 def parse(
@@ -43,7 +45,7 @@ def parse(
     require("app", "tyro")
     import tyro
 
-    words, file = _config_file(list(arguments))
+    words, file = _config_file(_spelled_out(arguments))
     if file is not None:
         defaults = from_toml(kind, file, defaults)
     options: dict[str, Any] = {} if defaults is None else {"default": defaults}
@@ -85,6 +87,24 @@ def _unboxed(text: str) -> str:
     """What tyro says in a box, as one line."""
     lines = (line.strip("│╰╯─ ") for line in text.splitlines() if not line.startswith("╭"))
     return " ".join(line for line in lines if line)
+
+
+def _spelled_out(words: Sequence[str]) -> list[str]:
+    """The words with the number of each flag that stands alone."""
+    found: list[str] = []
+    for word, after in zip(words, [*words[1:], ""]):
+        found.append(word)
+        if word in ALONE and not _is_number(after):
+            found.append(ALONE[word])
+    return found
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _config_file(words: list[str]) -> tuple[list[str], Path | None]:

@@ -310,8 +310,7 @@ def run(kind: Any, words: Sequence[str]) -> int:
         **({"init": settings.init} if settings.init != "native" else {}),
     }
     with settings.open(command, str(teacher.data.get("name", ""))) as folder:
-        for system in chosen.systems:
-            folder.used(system)
+        folder.used(*chosen.systems, *settings.systems)
 
         def finish(model: Any) -> Any:
             if settings.lora is not None and folder.main:

@@ -76,7 +76,7 @@ def run(settings: Settings) -> None:
     method = FlowMatching(model, coupling, condition_dropout=dropout)
     diagnoses = settings.diagnoses(method, settings)
     with settings.open("train", data.slug) as folder:
-        folder.used("rectified-flow")
+        folder.used("rectified-flow", *settings.systems)
         train_model(
             method,
             settings,

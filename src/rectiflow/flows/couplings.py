@@ -55,6 +55,7 @@ class Draw:
         part: the rows wanted here.
         seed: seed of the training.
         generator: seeded for this step; on the device of the training.
+        before: samples of all earlier steps; step times size by default.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Draw:
     part: slice
     seed: int
     generator: torch.Generator
+    before: int | None = None
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class Draw:
         seed: int = 0,
         part: slice | None = None,
         generator: torch.Generator | None = None,
+        before: int | None = None,
     ) -> Draw:
         """The draw of a step; a given generator is reseeded.
 
@@ -85,7 +88,7 @@ class Draw:
         mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)
         generator.manual_seed(mixed)
         part = part if part is not None else slice(0, size)
-        return cls(step, size, part, seed, generator)
+        return cls(step, size, part, seed, generator, before)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +111,7 @@ class Draw:
             count: size of the data set.
             stream: another number gives an independent order of the same seed.
         """
-        first = self.step * self.size
+        first = self.step * self.size if self.before is None else self.before
         positions = torch.arange(first + self.part.start, first + self.part.stop)
         epochs = positions // count
         offsets = positions % count

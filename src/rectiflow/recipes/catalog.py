@@ -222,7 +222,8 @@ SYSTEMS: tuple[System, ...] = (
          "Measure the curvature along a step, and clip the few coordinates that cause it."),
     _row(24, "adadagrad", "2402.11215",
          "AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods",
-         "optim.AdAdaGrad optim.AdAdaGradNorm optim.NormTest optim.InnerProductTest",
+         "optim.AdAdaGrad optim.AdAdaGradNorm optim.NormTest optim.InnerProductTest "
+         "optim.BatchSizeController",
          "Grow the batch when the gradient's variance asks for it."),
     _row(25, "opposing-signals", "2311.04163",
          "Outliers with Opposing Signals Have an Outsized Effect on Neural Network Optimization",
@@ -230,9 +231,9 @@ SYSTEMS: tuple[System, ...] = (
          "Find the small groups of data whose losses swing against each other."),
     _row(26, "pixelwise-gradient-clipping", "2310.12474",
          "Enhancing High-Resolution 3D Generation through Pixel-wise Gradient Clipping",
-         "optim.PixelwiseClip scenes.ScoreDistillation",
+         "optim.PixelwiseClip optim.score_distillation_loss",
          "Limit each pixel's gradient so that score distillation gives clean texture.",
-         extra="scenes"),
+         recipes="pixelwise-clipping"),
     _row(27, "sequential-gradient-coding", "2211.13802",
          "Sequential Gradient Coding For Straggler Mitigation",
          "distributed.GradientCode distributed.SelectiveRepetitionCode "

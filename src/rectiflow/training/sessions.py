@@ -51,9 +51,13 @@ def train_model(
     made: dict[str, Any] = {
         **plain(entry),
         "steps": trainer.step,
-        "batch_size": settings.batch_size * settings.accumulate * trainer.accelerator.num_processes,
+        "batch_size": trainer.batches.plan.size,
         "seed": settings.seed,
     }
+    if settings.tract is not None:
+        made["tract"] = settings.tract
+    if settings.systems:
+        made["systems"] = [*made.get("systems", ()), *settings.systems]
     if parent is not None:
         made["parent"] = (identity(parent) or "")[:12]
     model.lineage = [*(parent.lineage if parent is not None else []), made]

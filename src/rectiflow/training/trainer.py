@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from rectiflow.errors import NonFiniteLossError, positive, require, unknown
 from rectiflow.flows.couplings import Draw
 from rectiflow.flows.fields import FlowModel
 from rectiflow.optim.coordinate_clipping import clip_coordinates_
+from rectiflow.optim.tract_layers import remove_tract
 from rectiflow.training import checkpoints, curvature, optimizers
+from rectiflow.training.acceleration import flat, make_accelerator
 from rectiflow.training.averaging import EMA
+from rectiflow.training.batches import Batches, GrowthSettings
+from rectiflow.training.first_layer import train_first_layer
 from rectiflow.training.interrupts import interruptible
 from rectiflow.training.method import Method, Phase
 from rectiflow.training.optimizers import OptimizerSettings
@@ -34,8 +38,8 @@ class TrainerSettings:
 
     steps: int = 4000
     """Training steps (optimizer updates)."""
-    batch_size: int = 256
-    """Samples of one micro-batch on one process."""
+    batch_size: int | Literal["auto"] = 256
+    """Samples of one micro-batch on one process; auto grows batches as gradients ask for it."""
     accumulate: int = 1
     """Micro-batches added up before an update."""
     ema: float = 0.999
@@ -56,14 +60,46 @@ class TrainerSettings:
     """Experiment tracker of Accelerate: tensorboard, wandb, mlflow, ... or none."""
     optim: OptimizerSettings = field(default_factory=OptimizerSettings)
     """The optimizer."""
+    growth: GrowthSettings = field(default_factory=GrowthSettings)
+    """How --batch-size auto grows batches."""
+    tract: float | None = None
+    """Train the first layer through its outputs (TrAct), with this damping relative to the inputs'
+    mean square; the flag alone means 0.1."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
+        for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             positive(name, getattr(self, name))
+        if isinstance(self.batch_size, int):
+            positive("batch_size", self.batch_size)
+            if self.growth != GrowthSettings():
+                raise ValueError("--growth.* is for batches that grow: add --batch-size auto")
+        elif self.accumulate != 1:
+            raise ValueError(
+                "--batch-size auto plans accumulation itself: give --growth.micro in the place of "
+                "--accumulate"
+            )
+        if self.tract is not None:
+            positive("tract", self.tract)
+            if self.optim.name.startswith("sophia"):
+                raise ValueError(
+                    f"{self.optim.name} reads curvature off gradients, and --tract changes those "
+                    "of the first layer: choose one of them"
+                )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in ("no", "bf16", "fp16"):
             raise unknown("precision", self.precision, ("no", "bf16", "fp16"))
+
+    @property
+    def micro(self) -> int:
+        """The most samples that one process sees at once."""
+        return self.batch_size if isinstance(self.batch_size, int) else self.growth.micro
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Systems of the catalog that these settings use."""
+        chosen = {"adadagrad": self.batch_size == "auto", "tract": self.tract is not None}
+        return tuple(name for name, used in chosen.items() if used)
 
 
 class _PhaseModule(nn.Module):
@@ -124,10 +160,28 @@ class Trainer:
             check(self.settings)
         self.folder = Path(folder) if folder is not None else None
         self.title, self.callbacks = title, list(callbacks)
-        self.accelerator = accelerator if accelerator is not None else self._make_accelerator()
+        self.accelerator = accelerator or make_accelerator(
+            self.settings.precision, self.settings.tracker, self.folder
+        )
         self.device = self.accelerator.device
         self.phases = list(method.phases())
         method.model.to(self.device)
+        processes = int(self.accelerator.num_processes)
+        self.batches = Batches(
+            self.settings.batch_size,
+            self.settings.accumulate,
+            self.settings.growth,
+            process=self.accelerator.process_index,
+            processes=processes,
+        )
+        if self.batches.controller is not None and len(self.phases) > 1:
+            raise ValueError(
+                f"--batch-size auto watches one loss, not {len(self.phases)}: give a number"
+            )
+        self.generator = torch.Generator(self.device)
+        if self.settings.tract is not None:
+            look = Draw.of(2, seed=self.settings.seed, generator=self.generator)
+            train_first_layer(method, self.phases, self.settings.tract, look, processes=processes)
         if self.settings.compile and isinstance(method.model.net, nn.Module):
             method.model.net.compile()
         self._options = [phase.optimizer or self.settings.optim for phase in self.phases]
@@ -145,7 +199,6 @@ class Trainer:
             self._modules.append(module)
             self._optimizers.append(optimizer)
         self.ema = EMA(method.model, self.settings.ema)
-        self.generator = torch.Generator(self.device)
         self.step = 0
         self._enough = False
 
@@ -165,7 +218,7 @@ class Trainer:
             self._resume()
         path = self.folder / "metrics.jsonl" if self.folder is not None else None
         log = MetricsLog(path if self._writes else None, self.step)
-        self.accelerator.init_trackers("rectiflow", config=_flat(asdict(settings)))
+        self.accelerator.init_trackers("rectiflow", config=flat(asdict(settings)))
         for phase in self.phases:
             phase.module.train()
         shown = self.accelerator.is_main_process
@@ -199,6 +252,8 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.method.model.eval()
+        if settings.tract is not None:
+            remove_tract(self.method.model)
         return self.result()
 
     def finish_early(self) -> None:
@@ -218,8 +273,8 @@ class Trainer:
     def _update(self, window: Tensor) -> None:
         """One training step: every phase that is due, then the average."""
         settings, accelerator = self.settings, self.accelerator
-        parts = accelerator.num_processes * settings.accumulate
-        size = settings.batch_size * parts
+        size = self.batches.plan.size
+        share = size // accelerator.num_processes
         moved = False
         for index, phase in enumerate(self.phases):
             if not phase.due(self.step):
@@ -229,25 +284,25 @@ class Trainer:
             module = self._modules[index]
             for group in optimizer.param_groups:
                 since = self.step - phase.first
-                group["lr"] = optimizers.rate(options, since, settings.steps - phase.first)
-            count = settings.batch_size
-            first = accelerator.process_index * settings.accumulate * count
-            starts = range(first, first + settings.accumulate * count, count)
-            micros = [slice(start, start + count) for start in starts]
-            curvature.refresh_if_due(
-                optimizer.optimizer, phase, [partial(self._draw, size, rows) for rows in micros]
-            )
+                rate = optimizers.rate(options, since, settings.steps - phase.first)
+                group["lr"] = rate * self.batches.lr_factor
+            draws = [partial(self._draw, size, rows) for rows in self.batches.micros()]
+            curvature.refresh_if_due(optimizer.optimizer, phase, draws)
+            scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+            micros = self.batches.begin(phase.module.parameters(), scale=scale)
             for micro, rows in enumerate(micros):
                 draw = self._draw(size, rows)
-                hold = micro + 1 < settings.accumulate
+                hold = micro + 1 < len(micros)
                 quiet = accelerator.no_sync(module) if hold else contextlib.nullcontext()
                 with quiet:
                     loss = module(draw)
-                    if settings.accumulate > 1:
-                        loss = loss / settings.accumulate
+                    if len(micros) > 1:
+                        loss = loss / (share / (rows.stop - rows.start))
                     self._guard(phase, loss, rows)
                     accelerator.backward(loss)
+                self.batches.observe(rows, last=not hold)
                 window[index] += loss.detach()
+            self.batches.test()
             if options.clip_coordinates:
                 accelerator.unscale_gradients()
                 clip_coordinates_(phase.module.parameters(), options.clip_coordinates)
@@ -255,12 +310,18 @@ class Trainer:
                 accelerator.clip_grad_norm_(phase.module.parameters(), options.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.batches.advance()
         if settings.ema and moved:
             self.ema.update()
 
     def _draw(self, size: int, rows: slice) -> Draw:
         return Draw.of(
-            size, step=self.step, seed=self.settings.seed, part=rows, generator=self.generator
+            size,
+            step=self.step,
+            seed=self.settings.seed,
+            part=rows,
+            generator=self.generator,
+            before=self.batches.before(self.step),
         )
 
     def _guard(self, phase: Phase, loss: Tensor, rows: slice) -> None:
@@ -268,8 +329,8 @@ class Trainer:
         if self.device.type == "cpu" and self.accelerator.num_processes == 1:
             value = float(loss.detach())
             if not math.isfinite(value):
-                size = self.settings.batch_size * self.settings.accumulate
-                found = phase.inspect(self._draw(size, rows)) if phase.inspect else ""
+                draw = self._draw(self.batches.plan.size, rows)
+                found = phase.inspect(draw) if phase.inspect else ""
                 self._refuse(phase.name, value, f"step {self.step + 1}", found)
 
     def _refuse(self, name: str, value: float, where: str, found: str = "") -> None:
@@ -289,7 +350,8 @@ class Trainer:
                 self._refuse(phase.name, total, f"steps {self.step - steps + 1} to {self.step}")
             if runs:
                 numbers[name] = total / runs
-        return numbers | curvature.win_rates(self.phases, self._optimizers)
+        found = curvature.win_rates(self.phases, self._optimizers)
+        return numbers | found | self.batches.numbers()
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was asked to stop."""
@@ -312,7 +374,8 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self.step,
             "seed": self.settings.seed,
-            "size": self._size,
+            "size": self.batches.kind,
+            "batches": self.batches.state_dict(),
             "ema": self.ema.state_dict(),
             "random": random_state(self.device),
         }
@@ -322,17 +385,12 @@ class Trainer:
             checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
         self.accelerator.wait_for_everyone()
 
-    @property
-    def _size(self) -> int:
-        settings = self.settings
-        return settings.batch_size * settings.accumulate * int(self.accelerator.num_processes)
-
     def _resume(self) -> None:
         assert self._folder is not None
         state = checkpoints.read_newest(self._folder, map_location="cpu")
         if state is None:
             return
-        for name, own in (("seed", self.settings.seed), ("size", self._size)):
+        for name, own in (("seed", self.settings.seed), ("size", self.batches.kind)):
             if state[name] != own:
                 word = "seed" if name == "seed" else "batch over all processes"
                 raise ValueError(
@@ -344,31 +402,4 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         set_random_state(state["random"], self.device)
         self.step = int(state["step"])
-
-    def _make_accelerator(self) -> Any:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        state = AcceleratorState._shared_state
-        if state and state["_mixed_precision"] != self.settings.precision:
-            # Accelerate keeps the precision of a process's first training for all others.
-            AcceleratorState._reset_state()
-        tracked = self.settings.tracker != "none" and self.folder is not None
-        return Accelerator(
-            mixed_precision=self.settings.precision,
-            log_with=self.settings.tracker if tracked else None,
-            project_dir=str(self.folder) if tracked else None,
-        )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table as one level, for trackers."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = (
-                value if isinstance(value, int | float | str | bool) else str(value)
-            )
-    return flat
+        self.batches.load_state_dict(state["batches"])
