@@ -29,7 +29,8 @@ def test_momentum_lengthens_a_vector_that_sgdp_keeps_short():
     # Theory: 1 + 2 beta / (1 - beta) = 19 for steps of equal length; the directions differ.
     assert growth[GD] < growth[PROJECTED]
     assert 10 < growth[SGD] / growth[PROJECTED] < 40
-    assert turn(PROJECTED, Settings(), 0).miss < 1e-12
+    # eps, added to norms, leaves a little of the radial part.
+    assert turn(PROJECTED, Settings(), 0).miss < 1e-7
     assert turn(SGD, Settings(), 0).miss > 1e-3
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from tests.recipes.quick import run_quick
 
-from rectiflow.recipes.classifiers import Images
+from rectiflow.recipes.classifier_lab import Trained, standardised
 from rectiflow.recipes.pixel_regression import regress
-from rectiflow.recipes.tract import PLAIN, PRESETS, Trained, _checks
+from rectiflow.recipes.tract import PLAIN, PRESETS, _checks
 
 
 def trained(*accuracies: float) -> list[Trained]:
-    return [Trained(accuracy, 1.0, (1.0,), 1) for accuracy in accuracies]
+    return [Trained(accuracy, (1.0,)) for accuracy in accuracies]
 
 
 def test_two_standard_errors_decide() -> None:
@@ -51,7 +51,7 @@ def test_presets_are_those_of_the_specification() -> None:
 
 
 def test_digits_stand_in_for_absent_data(tmp_path: Path) -> None:
-    images = Images.of(f"fashion-mnist:{tmp_path}", 640, 200)
+    images = standardised(f"fashion-mnist:{tmp_path}", train=640, test=200)
     assert images.name == "digits"
     assert images.inputs.shape == (640, 1, 8, 8)
     assert float(images.inputs.std()) == pytest.approx(1, abs=1e-3)
@@ -61,6 +61,8 @@ def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
     run = run_quick("tract", tmp_path)
     assert {PLAIN, "TrAct, λ = 0.1"} <= run.arms
     assert len(run.table["checks"]) == 4
-    accuracies = {arm: v for (q, arm), v in run.values.items() if q == "CNN, SGD: test accuracy"}
+    accuracies = {
+        arm: v for (q, arm), v in run.values.items() if q == "CNN, SGD: test accuracy, per cent"
+    }
     assert len(set(map(tuple, accuracies.values()))) == 2, "the first layer made no difference"
     assert run.pictures == 3

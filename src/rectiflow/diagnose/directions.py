@@ -268,8 +268,10 @@ def _moving(hessian: Hessian, unit: Sequence[Tensor]) -> Iterator[Callable[[floa
 
 def _unit(hessian: Hessian, direction: Tensor | Sequence[Tensor]) -> Tensor:
     """A direction as a flat vector of length 1."""
-    flat = isinstance(direction, torch.Tensor)
-    vector = direction.to(hessian.dtype) if flat else hessian.flatten(direction)
+    if isinstance(direction, torch.Tensor):
+        vector = direction.to(hessian.dtype)
+    else:
+        vector = hessian.flatten(direction)
     if vector.shape != (len(hessian),):
         raise ValueError(
             f"a direction for {len(hessian)} weights has that many numbers, got shape "

@@ -17,8 +17,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements of a block: with its temporaries it stays in the second-level cache of a core.
-BLOCK = 32_768
+# Elements of a block: few enough that it stays in the caches of a core, with its temporaries, and
+# enough that calls cost little beside the arithmetic.
+BLOCK = 65_536
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,10 +82,12 @@ class Bucket:
         self.counts = [0] * len(self.params)
         self._gathered: Tensor | None = None
         self._blocks: dict[tuple[int, ...], list[Block]] = {}
+        self._cuts: dict[Block, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def add_slot(self, name: str) -> None:
         """A new buffer of zeros."""
         self.state[name] = self.state_like()
+        self._cuts.clear()
 
     def state_like(self) -> Tensor:
         """Zeros, one a weight, in the working precision."""
@@ -121,8 +124,17 @@ class Bucket:
             # Which weights have gradients changes rarely; a few such sets are worth keeping.
             if len(self._blocks) > 8:
                 self._blocks.clear()
+                self._cuts.clear()
             self._blocks[key] = list(_cut(self.sizes, self.spans, key))
         return self._blocks[key]
+
+    def cut(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weights of a block, and its part of every slot; cut once, since they never move."""
+        if block not in self._cuts:
+            place = slice(block.start, block.stop)
+            state = {name: buffer[place] for name, buffer in self.state.items()}
+            self._cuts[block] = self.flat[place], state
+        return self._cuts[block]
 
     def piece(self, flats: dict[int, Tensor], block: Block) -> Tensor:
         """The part of flat tensors, by number, that lies in a block."""

@@ -186,14 +186,9 @@ class ChainedOptimizer(torch.optim.Optimizer):
             self._run_compiled(bucket, flats, numbers)
         else:
             for block in bucket.blocks(indices):
-                place = slice(block.start, block.stop)
-                target = bucket.flat[place]
-                stretch = Stretch.of(
-                    target.to(bucket.dtype),
-                    bucket.piece(flats, block).to(bucket.dtype),
-                    {name: buffer[place] for name, buffer in bucket.state.items()},
-                    numbers,
-                )
+                target, state = bucket.cut(block)
+                piece = bucket.piece(flats, block).to(bucket.dtype)
+                stretch = Stretch.of(target.to(bucket.dtype), piece, state, numbers)
                 for part in self.parts:
                     part.apply(stretch)
                 move(stretch, target)

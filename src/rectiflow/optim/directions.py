@@ -130,15 +130,18 @@ class Adam(Direction):
 
     def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, float]:
         first, second = (float(beta) for beta in group["betas"])
+        correction, root = 1 - first**step, math.sqrt(1 - second**step)
+        eps = float(group["eps"])
         found = {
             "first": 1 - first,
             "second": 1 - second,
-            "first_correction": 1 - first**step,
-            "second_root": math.sqrt(1 - second**step),
-            "eps": float(group["eps"]),
+            # Both corrections and eps in the one line that the denominator is of the root.
+            "root_scale": correction / root,
+            "root_offset": eps * correction / (1.0 if self.eps_mode == "corrected" else root),
+            "eps": eps,
         }
         if self.rectify:
-            found |= _rectification(second, step)
+            found |= _rectification(second, step, correction)
         return found
 
     def apply(self, stretch: Stretch) -> None:
@@ -151,24 +154,23 @@ class Adam(Direction):
         travel = mean
         if self.nesterov:
             travel = mean + (stretch.momentum_gradient - mean) * number["first"]
-        if self.eps_mode == "corrected":
-            scale = square.sqrt().div_(number["second_root"]).add_(number["eps"])
-        else:
-            scale = square.sqrt().add_(number["eps"]).div_(number["second_root"])
+        scale = square.sqrt().mul_(number["root_scale"]).add_(number["root_offset"])
         if self.rectify:
-            travel = travel * (number["plain"] + number["adaptive"] / scale)
+            stretch.direction = travel * (number["plain"] + number["adaptive"] / scale)
         else:
-            travel = travel / scale
-        stretch.direction = travel.div_(number["first_correction"])
+            stretch.direction = torch.div(travel, scale, out=scale)
 
 
-def _rectification(decay: float, step: int) -> dict[str, float]:
-    """Weights of the plain and of the adaptive step while the mean of squares is young."""
+def _rectification(decay: float, step: int, correction: float) -> dict[str, float]:
+    """Weights of the plain and of the adaptive step while the mean of squares is young.
+
+    The plain one divides by the mean's correction itself, the adaptive one in its denominator.
+    """
     longest = 2 / (1 - decay) - 1
     power = decay**step
     length = longest - 2 * step * power / (1 - power)
     if length < 5:
-        return {"plain": 1.0, "adaptive": 0.0}
+        return {"plain": 1 / correction, "adaptive": 0.0}
     grown = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
     return {"plain": 0.0, "adaptive": math.sqrt(grown)}
 

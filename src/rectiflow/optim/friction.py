@@ -15,10 +15,11 @@ from rectiflow.optim.parts import Part, Stretch
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What they are given is changed in place.
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "abs": torch.abs,
-    "identity": torch.clone,
-    "negate": torch.neg,
+    "abs": torch.abs_,
+    "identity": torch.positive,
+    "negate": torch.neg_,
 }
 
 
@@ -93,10 +94,16 @@ class Friction(Part):
         change = before - now
         before.copy_(now)
         if self.relative:
-            spread = stretch.state["exp_avg_sq"].sqrt() / stretch.numbers["change_root"]
-            change = change / (spread + stretch.numbers["eps"])
-        weight = torch.sigmoid(SHAPES[self.shape](change) * self.slope)
-        stretch.direction = stretch.direction * (weight * self.scale + self.offset)
+            spread = stretch.state["exp_avg_sq"].sqrt().div_(stretch.numbers["change_root"])
+            change.div_(spread.add_(stretch.numbers["eps"]))
+        # In place from here on: a new block of memory costs as much as the arithmetic.
+        weight = SHAPES[self.shape](change)
+        if self.slope != 1:
+            weight.mul_(self.slope)
+        weight.sigmoid_()
+        if self.scale != 1 or self.offset:
+            weight.mul_(self.scale).add_(self.offset)
+        stretch.direction = weight.mul_(stretch.direction)
 
 
 PRESETS: dict[str, tuple[str, float, float, float]] = {

@@ -221,7 +221,7 @@ def apply_tract(
     if not weight.is_floating_point():
         raise ValueError(f"TrAct takes real floating-point weights, got {weight.dtype}")
     found.__class__ = RECTIFIED.get(kind, kind)
-    found.tract = settings  # type: ignore[assignment]
+    found.tract = settings
     return layer
 
 
@@ -246,5 +246,5 @@ def remove_tract(model: nn.Module) -> nn.Module:
                 "first"
             )
         del module.tract
-        module.__class__ = PLAIN[type(module)]  # type: ignore[assignment]
+        module.__class__ = PLAIN[type(module)]
     return model

@@ -68,35 +68,25 @@ def standardised(spec: str, *, train: int, test: int, size: int | None = None) -
     )
 
 
-def normalised_cnn(images: LabelledImages, *, width: int = 16, seed: int) -> nn.Sequential:
-    """Two convolutions without bias, each normalised over the batch and pooled; a linear head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        channels = images.inputs.shape[1]
-        for out in (width, 2 * width):
-            layers += [
-                nn.Conv2d(channels, out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-            channels = out
-        features = channels * math.prod(side // 4 for side in images.inputs.shape[2:])
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, images.classes))
-
-
 @dataclass(frozen=True)
 class Trained:
     """What a training gave.
 
     Attributes:
         accuracy: on the test images, in per cent.
-        losses: mean training loss of each epoch.
+        losses: the loss of every step.
+        epochs: passes over the images.
     """
 
     accuracy: float
     losses: tuple[float, ...]
+    epochs: int = 1
+
+    def means(self, parts: int | None = None) -> list[float]:
+        """Mean losses of equally long parts of the training, its epochs by default."""
+        size = max(1, len(self.losses) // (parts or self.epochs))
+        starts = range(0, len(self.losses) - size + 1, size)
+        return [statistics.fmean(self.losses[start : start + size]) for start in starts]
 
 
 def train_classifier(
@@ -108,6 +98,7 @@ def train_classifier(
     batch_size: int,
     seed: int,
     cosine: bool = True,
+    smoothing: float = 0.0,
     watch: Watch | None = None,
 ) -> Trained:
     """Train with cross-entropy on shuffled epochs.
@@ -120,15 +111,15 @@ def train_classifier(
         batch_size: images of a step.
         seed: of the order of images.
         cosine: let the learning rate fall to zero along half a cosine.
+        smoothing: of the labels.
         watch: sees every step.
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     order = torch.Generator().manual_seed(seed)
     per_epoch = len(images.inputs) // batch_size
-    losses = []
+    losses: list[Tensor] = []
     for epoch in range(epochs):
         rows = torch.randperm(len(images.inputs), generator=order)[: per_epoch * batch_size]
-        total = torch.zeros(())
         for place, batch in enumerate(rows.view(per_epoch, batch_size)):
             step = epoch * per_epoch + place
             if cosine:
@@ -136,14 +127,32 @@ def train_classifier(
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * share
             optimizer.zero_grad()
-            loss = functional.cross_entropy(net(images.inputs[batch]), images.labels[batch])
+            loss = functional.cross_entropy(
+                net(images.inputs[batch]), images.labels[batch], label_smoothing=smoothing
+            )
             loss.backward()
             if watch is not None:
                 watch(step, net)
             optimizer.step()
-            total += loss.detach()
-        losses.append(float(total) / per_epoch)
-    return Trained(accuracy(net, images), tuple(losses))
+            losses.append(loss.detach())
+    return Trained(accuracy(net, images), tuple(torch.stack(losses).tolist()), epochs)
+
+
+def new_classifier(
+    make: Callable[..., nn.Module], images: LabelledImages, *sizes: int, seed: int
+) -> nn.Module:
+    """A network for the images whose first weights depend on the seed alone.
+
+    Args:
+        make: `pooled_cnn` or another, called with channels, side, the sizes and classes.
+        images: what it is for.
+        *sizes: such as its width.
+        seed: of the weights.
+    """
+    channels, side = images.inputs.shape[1:3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(channels, side, *sizes, images.classes)
 
 
 @torch.no_grad()

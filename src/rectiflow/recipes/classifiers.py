@@ -1,50 +1,31 @@
-"""Small classifiers of images, and what they are judged on."""
+"""Small classifiers of images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from rectiflow.training.data import load
 
 
-@dataclass(frozen=True)
-class Images:
-    """Standardised images with labels, for training and for judging."""
-
-    inputs: Tensor
-    labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-    classes: int
-    name: str
-
-    @classmethod
-    def of(cls, spec: str, train: int, test: int, *, size: int | None = None) -> Images:
-        """The first images of both splits, standardised by those of the first.
-
-        Digits stand in for data that are not there.
-        """
-        try:
-            splits = [load(spec, split=split, size=size) for split in ("train", "test")]
-        except FileNotFoundError:
-            spec = "digits"
-            splits = [load(spec, split=split) for split in ("train", "test")]
-        rows = [range(min(len(s), n)) for s, n in zip(splits, (train, test))]
-        (x, held), labels = (
-            [s.batch(r) for s, r in zip(splits, rows)],
-            [s.condition(r)["label"] for s, r in zip(splits, rows)],
-        )
-        mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-        x, held = (x - mean) / deviation, (held - mean) / deviation
-        return cls(x, labels[0], held, labels[1], len(splits[0].classes), spec)
+def pooled_cnn(channels: int, side: int, width: int, classes: int) -> nn.Sequential:
+    """Two convolutions without bias, each with batch norm and pooled, and a linear answer."""
+    layers: list[nn.Module] = []
+    for out in (width, 2 * width):
+        layers += [
+            nn.Conv2d(channels, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+        channels = out
+    head = nn.Linear(channels * (side // 4) ** 2, classes)
+    return nn.Sequential(*layers, nn.Flatten(), head)
 
 
-def small_cnn(channels: int, width: int, classes: int) -> nn.Module:
-    """Three strided convolutions with batch norm, the mean over places, and a linear answer."""
+def strided_cnn(channels: int, side: int, width: int, classes: int) -> nn.Module:
+    """Three strided convolutions with batch norm, the mean over places, and a linear answer.
+
+    Images of any side will do.
+    """
     layers: list[nn.Module] = []
     for place, kernel in enumerate((5, 3, 3)):
         out = width << place
@@ -89,13 +70,3 @@ class PatchTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).mT + self.places
         return self.head(self.blocks(tokens).mean(1))
-
-
-@torch.no_grad()
-def judged(net: nn.Module, x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    net.eval()
-    answers = torch.cat([net(part) for part in x.split(1000)])
-    net.train()
-    right = answers.argmax(1) == labels
-    return float(functional.cross_entropy(answers, labels)), float(right.float().mean())

@@ -23,10 +23,11 @@ from rectiflow.recipes.classifier_lab import (
     LabelledImages,
     Trained,
     best_rate,
-    normalised_cnn,
+    new_classifier,
     standardised,
     train_classifier,
 )
+from rectiflow.recipes.classifiers import pooled_cnn
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import numbers, standard_errors
 from rectiflow.training.figures import bands, curves
@@ -196,7 +197,7 @@ def run(settings: Settings, run: Run) -> Result:
             arms[arm] = [trained(arm, rates[arm], seed) for seed in settings.seeds]
     measures = {
         "test accuracy, per cent": lambda one: one.accuracy,
-        "training loss of the last epoch": lambda one: one.losses[-1],
+        "training loss of the last epoch": lambda one: one.means()[-1],
     }
     toy_numbers = [
         Number(f"{name} where it ends", arm, (_value(name, path[-1]),))
@@ -223,7 +224,7 @@ def _train(
     friction: MeanFriction,
 ) -> Trained:
     """One training; the friction is looked at in the first of the reported ones."""
-    net = normalised_cnn(images, width=settings.width, seed=seed)
+    net = new_classifier(pooled_cnn, images, settings.width, seed=seed)
     looked = arm == DIFFGRAD and seed == settings.seeds[0]
     return train_classifier(
         net,
@@ -308,9 +309,9 @@ def _draw(
         up="x on F2",
         floor=("the best minimum", -0.643),
     )
-    epochs = range(1, len(arms[ADAM][0].losses) + 1)
+    epochs = range(1, arms[ADAM][0].epochs + 1)
     losses = bands(
-        {arm: (epochs, [list(one.losses) for one in found]) for arm, found in arms.items()},
+        {arm: (epochs, [one.means() for one in found]) for arm, found in arms.items()},
         run.path("losses.png"),
         across="epoch",
         up="training loss",

@@ -168,7 +168,7 @@ def _grid(lab: Lab, draw: torch.Generator) -> Tensor:
     shift = (2 * torch.rand(lab.views, 2, generator=draw) - 1) * (1 - width[:, None])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).reshape(-1, 2, 2)
     affine = torch.cat([turn * width[:, None, None], shift[:, :, None]], 2)
-    return functional.affine_grid(affine, (lab.views, 3, lab.view, lab.view), align_corners=False)
+    return functional.affine_grid(affine, [lab.views, 3, lab.view, lab.view], align_corners=False)
 
 
 def _look(texture: Tensor, grid: Tensor) -> Tensor:

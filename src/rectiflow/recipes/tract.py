@@ -10,18 +10,24 @@ Source: arXiv 2410.23970, section 4.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from rectiflow.optim import apply_tract
-from rectiflow.recipes.classifiers import Images, PatchTransformer, judged, small_cnn
+from rectiflow.recipes.classifier_lab import (
+    LabelledImages,
+    Trained,
+    best_rate,
+    new_classifier,
+    standardised,
+    train_classifier,
+)
+from rectiflow.recipes.classifiers import PatchTransformer, strided_cnn
 from rectiflow.recipes.pixel_regression import SAME_RATE, TRACT_RATE, Regression, regress
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import numbers
@@ -114,29 +120,16 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What one training gave.
-
-    Attributes:
-        accuracy: on the test images.
-        first: loss on training images after the first epoch.
-        losses: mean loss of each stretch of steps.
-        stretch: steps of one.
-    """
-
-    accuracy: float
-    first: float
-    losses: tuple[float, ...]
-    stretch: int
-
-
 def run(settings: Settings, run: Run) -> Result:
     """The experiments, their checks and pictures."""
-    images = Images.of(settings.data, settings.train, settings.test, size=settings.size)
+    images = standardised(
+        settings.data, train=settings.train, test=settings.test, size=settings.size
+    )
     rates, arms = {}, {}
     for kind, grid in ((CNN, settings.cnn_rates), (VIT, settings.vit_rates)):
-        rates[kind] = _best(kind, grid, settings, images)
+        rates[kind] = best_rate(
+            grid, settings.tuning_seeds, partial(_score, kind, settings, images)
+        )
         arms[kind] = {
             name: [_train(kind, lam, rates[kind], settings, images, s) for s in settings.seeds]
             for name, lam in ((PLAIN, None), *((_name(lam), lam) for lam in settings.lams))
@@ -157,66 +150,39 @@ def _name(lam: float) -> str:
     return f"TrAct, λ = {lam:g}"
 
 
-def _network(kind: str, settings: Settings, images: Images) -> nn.Module:
-    channels, side = images.inputs.shape[1:3]
-    if kind == CNN:
-        return small_cnn(channels, settings.cnn_width, images.classes)
-    return PatchTransformer(
-        channels, side, settings.vit_width, settings.vit_depth, settings.vit_heads, images.classes
-    )
-
-
-def _best(kind: str, grid: Sequence[float], settings: Settings, images: Images) -> float:
-    """The learning rate of the plain layer's best mean accuracy, on seeds of its own."""
-    if len(grid) == 1:
-        return grid[0]
-    return max(
-        grid,
-        key=lambda rate: statistics.fmean(
-            _train(kind, None, rate, settings, images, seed).accuracy
-            for seed in settings.tuning_seeds
-        ),
-    )
+def _score(kind: str, settings: Settings, images: LabelledImages, rate: float, seed: int) -> float:
+    """Accuracy with a plain layer."""
+    return _train(kind, None, rate, settings, images, seed).accuracy
 
 
 def _train(
-    kind: str, lam: float | None, rate: float, settings: Settings, images: Images, seed: int
+    kind: str,
+    lam: float | None,
+    rate: float,
+    settings: Settings,
+    images: LabelledImages,
+    seed: int,
 ) -> Trained:
     """One training; weights and batches depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = _network(kind, settings, images)
-    if lam is not None:
-        apply_tract(net, lam, example=(images.inputs[:2],))
     optimizer: torch.optim.Optimizer
     if kind == CNN:
+        net = new_classifier(strided_cnn, images, settings.cnn_width, seed=seed)
         optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
     else:
+        sizes = (settings.vit_width, settings.vit_depth, settings.vit_heads)
+        net = new_classifier(PatchTransformer, images, *sizes, seed=seed)
         optimizer = torch.optim.Adam(net.parameters(), rate)
-    smoothing = settings.smoothing if kind == VIT else 0.0
-    order = torch.Generator().manual_seed(seed)
-    per_epoch = len(images.inputs) // settings.batch_size
-    steps = settings.epochs * per_epoch
-    losses, first = [], math.nan
-    for step in range(steps):
-        if step % per_epoch == 0:
-            rows = torch.randperm(len(images.inputs), generator=order)
-        here = rows[(step % per_epoch) * settings.batch_size :][: settings.batch_size]
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(
-            net(images.inputs[here]), images.labels[here], label_smoothing=smoothing
-        )
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if step + 1 == per_epoch:
-            first = judged(net, images.inputs[:2000], images.labels[:2000])[0]
-    stretch = max(1, steps // 16)
-    means = [statistics.fmean(losses[i : i + stretch]) for i in range(0, steps, stretch)]
-    accuracy = judged(net, images.test_inputs, images.test_labels)[1]
-    return Trained(accuracy, first, tuple(means[: steps // stretch]), stretch)
+    if lam is not None:
+        apply_tract(net, lam, example=(images.inputs[:2],))
+    return train_classifier(
+        net,
+        images,
+        optimizer,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=seed,
+        smoothing=settings.smoothing if kind == VIT else 0.0,
+    )
 
 
 def _gains(arms: Mapping[str, Sequence[Trained]], name: str) -> list[float]:
@@ -237,8 +203,8 @@ def _numbers(arms: Mapping[str, Mapping[str, Sequence[Trained]]]) -> list[Number
         shown += numbers(
             by_arm,
             {
-                f"{kind}: test accuracy": lambda one: one.accuracy,
-                f"{kind}: training loss after one epoch": lambda one: one.first,
+                f"{kind}: test accuracy, per cent": lambda one: one.accuracy,
+                f"{kind}: training loss at the end of the first epoch": _early,
             },
         )
         shown += [
@@ -247,6 +213,11 @@ def _numbers(arms: Mapping[str, Mapping[str, Sequence[Trained]]]) -> list[Number
             if arm != PLAIN
         ]
     return shown
+
+
+def _early(one: Trained) -> float:
+    """The mean loss of the last quarter of the first epoch."""
+    return one.means(4 * one.epochs)[3]
 
 
 def _regression_numbers(found: Regression) -> list[Number]:
@@ -290,7 +261,7 @@ def _checks(arms: Mapping[str, Sequence[Trained]], found: Regression) -> list[Ch
 
 def _notes(
     settings: Settings,
-    images: Images,
+    images: LabelledImages,
     rates: Mapping[str, float],
     arms: Mapping[str, Mapping[str, Sequence[Trained]]],
 ) -> list[str]:
@@ -323,9 +294,9 @@ def _draw(
     for kind, file in ((CNN, "cnn.png"), (VIT, "vit.png")):
         lines: dict[str, tuple[list[float], list[list[float]]]] = {}
         for arm, trained in arms[kind].items():
-            stretch = trained[0].stretch
-            steps = [(i + 0.5) * stretch for i in range(len(trained[0].losses))]
-            lines[arm] = (steps, [list(one.losses) for one in trained])
+            rows = [one.means(16) for one in trained]
+            steps = [(i + 0.5) * len(trained[0].losses) / len(rows[0]) for i in range(len(rows[0]))]
+            lines[arm] = (steps, rows)
         path = bands(lines, run.path(file), across="training steps", up="training loss")
         means = {
             arm: cell(statistics.fmean(one.accuracy for one in trained))

@@ -44,6 +44,19 @@ class Phase:
         return step >= self.first and (step - self.first) % self.every == 0
 
 
+class PhaseModule(nn.Module):
+    """A phase as a module whose forward is the loss, so that data-parallel wrappers see it all."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        # Named so that a wrapper's own "module." prefix can be told apart in state names.
+        self.trained = phase.module
+        self._loss = phase.loss
+
+    def forward(self, draw: Draw) -> Tensor:
+        return self._loss(draw)
+
+
 class Method(Protocol):
     """What a trainer can train.
 

@@ -24,7 +24,7 @@ from rectiflow.training.averaging import EMA
 from rectiflow.training.batches import Batches, GrowthSettings
 from rectiflow.training.first_layer import train_first_layer
 from rectiflow.training.interrupts import interruptible
-from rectiflow.training.method import Method, Phase
+from rectiflow.training.method import Method, Phase, PhaseModule
 from rectiflow.training.optimizers import OptimizerSettings
 from rectiflow.training.phase_state import phase_state, restore_phase
 from rectiflow.training.progress import bar
@@ -100,19 +100,6 @@ class TrainerSettings:
         """Systems of the catalog that these settings use."""
         chosen = {"adadagrad": self.batch_size == "auto", "tract": self.tract is not None}
         return tuple(name for name, used in chosen.items() if used)
-
-
-class _PhaseModule(nn.Module):
-    """A phase as a module whose forward is the loss, so that data-parallel wrappers see it all."""
-
-    def __init__(self, phase: Phase) -> None:
-        super().__init__()
-        # Named so that a wrapper's own "module." prefix can be told apart in state names.
-        self.trained = phase.module
-        self._loss = phase.loss
-
-    def forward(self, draw: Draw) -> Tensor:
-        return self._loss(draw)
 
 
 class Trainer:
@@ -195,7 +182,7 @@ class Trainer:
             phase.module.to(self.device)
             optimizer = optimizers.build(phase.module.parameters(), options)
             curvature.check(optimizer, phase, compiled=self.settings.compile)
-            module, optimizer = self.accelerator.prepare(_PhaseModule(phase), optimizer)
+            module, optimizer = self.accelerator.prepare(PhaseModule(phase), optimizer)
             self._modules.append(module)
             self._optimizers.append(optimizer)
         self.ema = EMA(method.model, self.settings.ema)
