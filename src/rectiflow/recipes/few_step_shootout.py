@@ -262,6 +262,7 @@ def _train_all(
                     solver="euler",
                     steps=settings.teacher_steps,
                     seed=seed,
+                    overwrite=not resume,
                 )
             timing = folder / f"pairs of {key}, {TIMING}"
             stores[key] = StoredPairs(store), _first_time(timing, clock.seconds, resume)

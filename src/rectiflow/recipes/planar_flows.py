@@ -116,7 +116,9 @@ def rectify_in_the_plane(
         replace(settings.flow, seed=seed),
         title=f"ring, {path.name}",
     )
-    store = generate_pairs(first, folder, settings.pairs, steps=settings.steps, seed=seed + 1)
+    store = generate_pairs(
+        first, folder, settings.pairs, steps=settings.steps, seed=seed + 1, overwrite=True
+    )
     second = train(
         Reflow(first, StoredPairs(store)),
         replace(settings.reflow, seed=seed),

@@ -200,6 +200,7 @@ def _compare(settings: Settings, data: ImageData, seed: int, run: Run) -> Scores
         steps=settings.pairs.steps,
         batch_size=settings.pairs.batch_size,
         seed=seed + 1,
+        overwrite=True,
     )
     pairs = StoredPairs(store)
     source = draw_source(
