@@ -143,3 +143,11 @@ def test_blocks_cover_every_weight_once() -> None:
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         assert torch.equal(piece, owners[block.start : block.stop].float())
     assert (seen == 1).all()
+
+
+def test_units_are_neighbours_cut_when_they_fill_a_block() -> None:
+    sizes = [5, BLOCK // 2, BLOCK, 1, 2 * BLOCK, 3, 4, 7]
+    bucket = Bucket([nn.Parameter(torch.zeros(size)) for size in sizes])
+    assert bucket.units(range(8)) == [[0, 1, 2], [3, 4], [5, 6, 7]]
+    # What has no gradient cuts, too.
+    assert bucket.units([0, 2, 3, 7]) == [[0], [2], [3], [7]]

@@ -83,6 +83,7 @@ class Bucket:
         self._gathered: Tensor | None = None
         self._blocks: dict[tuple[int, ...], list[Block]] = {}
         self._cuts: dict[Block, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._units: dict[tuple[int, ...], list[list[int]]] = {}
 
     def add_slot(self, name: str) -> None:
         """A new buffer of zeros."""
@@ -127,6 +128,23 @@ class Bucket:
                 self._cuts.clear()
             self._blocks[key] = list(_cut(self.sizes, self.spans, key))
         return self._blocks[key]
+
+    def units(self, indices: Sequence[int]) -> list[list[int]]:
+        """These weights as runs of neighbours, each cut as soon as it fills a block."""
+        key = tuple(indices)
+        if key not in self._units:
+            if len(self._units) > 8:
+                self._units.clear()
+            found: list[list[int]] = []
+            held = BLOCK
+            for index in key:
+                if held >= BLOCK or found[-1][-1] != index - 1:
+                    found.append([])
+                    held = 0
+                found[-1].append(index)
+                held += self.sizes[index]
+            self._units[key] = found
+        return self._units[key]
 
     def cut(self, block: Block) -> tuple[Tensor, dict[str, Tensor]]:
         """The weights of a block, and its part of every slot; cut once, since they never move."""

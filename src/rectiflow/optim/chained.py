@@ -10,8 +10,9 @@ import torch
 from torch.autograd.graph import increment_version
 
 from rectiflow.errors import positive
-from rectiflow.optim.buckets import Block, Bucket, working_dtype
-from rectiflow.optim.parts import Direction, Part, Stretch, Whole, replace_gradient
+from rectiflow.optim.buckets import Bucket, working_dtype
+from rectiflow.optim.parts import Direction, Part, Stretch, move, replace_gradient
+from rectiflow.optim.whole_tensors import step_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,7 +182,9 @@ class ChainedOptimizer(torch.optim.Optimizer):
         """One step of the weights of these numbers."""
         flats = {index: bucket.flatten(index, grads[index]) for index in indices}
         if any(part.whole for part in self.parts):
-            self._run_whole(bucket, indices, flats, numbers)
+            joint = any(part.whole and part.joint for part in self.parts)
+            for unit in [indices] if joint else bucket.units(indices):
+                step_whole(self.parts, bucket, unit, flats, dict(numbers))
         elif self.compile and len(indices) == len(bucket.params):
             self._run_compiled(bucket, flats, numbers)
         else:
@@ -192,40 +195,6 @@ class ChainedOptimizer(torch.optim.Optimizer):
                 for part in self.parts:
                     part.apply(stretch)
                 move(stretch, target)
-
-    def _run_whole(
-        self,
-        bucket: Bucket,
-        indices: list[int],
-        flats: dict[int, Tensor],
-        numbers: dict[str, Any],
-    ) -> None:
-        """A step with parts that need whole tensors: the others go over blocks in between."""
-        raw = bucket.state_like()
-        for index, flat in flats.items():
-            start, stop = bucket.spans[index]
-            raw[start:stop] = flat
-        begun = Stretch.of(bucket.flat.to(bucket.dtype), raw, bucket.state, numbers)
-        whole = Whole(
-            begun.param,
-            raw,
-            begun.gradient,
-            begun.gradient,
-            begun.gradient,
-            bucket.state,
-            numbers,
-            bucket,
-            indices,
-        )
-        blocks = bucket.blocks(indices)
-        for part in self.parts:
-            if part.whole:
-                part.apply(whole)
-            else:
-                _over_blocks(part, whole, blocks)
-        for block in blocks:
-            place = slice(block.start, block.stop)
-            move(whole.cut(place), bucket.flat[place])
 
     def _run_compiled(
         self, bucket: Bucket, flats: dict[int, Tensor], numbers: dict[str, Any]
@@ -341,36 +310,6 @@ def chain(direction: Direction, *rectifiers: Part) -> Callable[..., ChainedOptim
         return ChainedOptimizer(params, (direction, *rectifiers), lr=lr, **settings)
 
     return build
-
-
-def move(stretch: Stretch, target: Tensor) -> None:
-    """Weight decay and the step, into the weights."""
-    param, numbers = stretch.param, stretch.numbers
-    if numbers["decay"]:
-        param.mul_(1 - numbers["decay"])
-    param.sub_(stretch.direction, alpha=numbers["lr"])
-    if param.dtype != target.dtype:
-        target.copy_(param)
-
-
-def _over_blocks(part: Part, whole: Whole, blocks: Sequence[Block]) -> None:
-    """Apply a part to blocks of whole buffers."""
-    names = ("gradient", "momentum_gradient", "direction")
-    made: dict[str, Tensor] = {}
-    for block in blocks:
-        place = slice(block.start, block.stop)
-        stretch = whole.cut(place)
-        given = {name: getattr(stretch, name) for name in names}
-        part.apply(stretch)
-        for name in names:
-            value = getattr(stretch, name)
-            if value is not given[name]:
-                # What was there before, the raw gradient too, stays as it was.
-                if name not in made:
-                    made[name] = torch.empty_like(whole.raw)
-                made[name][place] = value
-    for name, value in made.items():
-        setattr(whole, name, value)
 
 
 @dataclass(frozen=True)

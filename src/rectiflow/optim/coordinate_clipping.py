@@ -211,6 +211,10 @@ class ClipCoordinates(Part):
         return self.where == "update" or self.scope == "tensor"
 
     @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.scope == "group"
+
+    @property
     def surveys(self) -> bool:  # type: ignore[override]
         return not self.whole
 
@@ -246,7 +250,7 @@ class ClipCoordinates(Part):
         """Clip by tensor, or the direction of all weights here."""
         source = whole.direction if self.where == "update" else whole.gradient
         clipped = source.clone()
-        spans = [whole.bucket.spans[index] for index in whole.indices]
+        spans = [whole.span(index) for index in whole.indices]
         parts = [clipped[start:stop] for start, stop in spans if stop > start]
         for some in [[part] for part in parts] if self.scope == "tensor" else [parts]:
             tau = self._tau(some)

@@ -51,15 +51,22 @@ class Stretch:
 
 @dataclass(slots=True)
 class Whole(Stretch):
-    """All weights of one kind in a group: what parts see that need whole tensors.
+    """Whole tensors, neighbours in a buffer: what parts see that need them.
 
     Attributes:
         bucket: where each weight lies; `bucket.views` has their shapes.
         indices: numbers of the weights that take part; what lies at others is not used.
+        begin: where in the buffer the stretch begins.
     """
 
     bucket: Bucket
     indices: Sequence[int]
+    begin: int
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where a weight begins and ends in the stretch."""
+        start, stop = self.bucket.spans[index]
+        return start - self.begin, stop - self.begin
 
     def cut(self, place: slice) -> Stretch:
         """A stretch of it, without copies."""
@@ -82,12 +89,14 @@ class Part(ABC):
         on: "gradient" for rectifiers in front of the direction rule, "direction" for those behind
             it and for the rule itself.
         whole: whether it needs whole tensors, and so `apply` gets a `Whole`.
+        joint: whether that has to hold all weights of one kind in a group at once.
         surveys: whether it looks at all gradients before any weight moves.
     """
 
     slots: tuple[str, ...] = ()
     on: ClassVar[str] = "direction"
     whole: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     surveys: ClassVar[bool] = False
 
     @property
@@ -140,3 +149,13 @@ def approach(buffer: Tensor, goal: Tensor, share: Any) -> None:
 def replace_gradient(stretch: Stretch, gradient: Tensor) -> None:
     """Give a stretch another gradient, for both moments."""
     stretch.gradient = stretch.momentum_gradient = stretch.direction = gradient
+
+
+def move(stretch: Stretch, target: Tensor) -> None:
+    """Weight decay and the step, into the weights."""
+    param, numbers = stretch.param, stretch.numbers
+    if numbers["decay"]:
+        param.mul_(1 - numbers["decay"])
+    param.sub_(stretch.direction, alpha=numbers["lr"])
+    if param.dtype != target.dtype:
+        target.copy_(param)

@@ -78,7 +78,7 @@ class RadialProjection(Part):
         number, bucket = whole.numbers, whole.bucket
         shares: list[Tensor | None] = []
         for index in whole.indices:
-            view, (start, stop) = bucket.views[index], bucket.spans[index]
+            view, (start, stop) = bucket.views[index], whole.span(index)
             if view.ndim < 2 or stop == start or not number["projected_below"]:
                 shares.append(None)
                 continue
@@ -103,18 +103,16 @@ class RadialProjection(Part):
 
         All three are given as rows, one a channel.
         """
-        squares = torch.linalg.vecdot(weight, weight)
-        slopes = torch.linalg.vecdot(gradient, gradient)
+        lengths = torch.linalg.vector_norm(weight, dim=1)
+        slopes = torch.linalg.vector_norm(gradient, dim=1)
         inner = torch.linalg.vecdot(weight, gradient)
         along = torch.linalg.vecdot(weight, travel)
         below = number["projected_below"]
-        by_row = _cosine(inner, squares, slopes, self.eps).max() < below / weight.shape[1] ** 0.5
-        at_once = (
-            _cosine(inner.sum(), squares.sum(), slopes.sum(), self.eps)
-            < below / weight.numel() ** 0.5
-        )
-        rows = along / (squares.sqrt() + self.eps).square()
-        whole = (along.sum() / (squares.sum().sqrt() + self.eps).square()).expand_as(rows)
+        by_row = _cosine(inner, lengths, slopes, self.eps).max() < below / weight.shape[1] ** 0.5
+        length, slope = torch.linalg.vector_norm(lengths), torch.linalg.vector_norm(slopes)
+        at_once = _cosine(inner.sum(), length, slope, self.eps) < below / weight.numel() ** 0.5
+        rows = along / (lengths + self.eps).square()
+        whole = (along.sum() / (length + self.eps).square()).expand_as(rows)
         amount = torch.where(by_row, rows, torch.where(at_once, whole, torch.zeros_like(rows)))
         share = torch.full_like(amount[0], number["projected_decay"])
         return amount, torch.where(by_row | at_once, share, torch.ones_like(share))
@@ -126,13 +124,13 @@ class RadialProjection(Part):
         if not decay:
             return
         for index, share in zip(whole.indices, shares):
-            start, stop = whole.bucket.spans[index]
+            start, stop = whole.span(index)
             whole.param[start:stop].mul_(1 - decay * (1.0 if share is None else share))
 
 
 def _cosine(inner: Tensor, first: Tensor, second: Tensor, eps: float) -> Tensor:
-    """`|cos|` from an inner product and two squared norms, each norm at least eps."""
-    return inner.abs() / (first.sqrt().clamp(min=eps) * second.sqrt().clamp(min=eps))
+    """`|cos|` from an inner product and two norms, each at least eps."""
+    return inner.abs() / (first.clamp(min=eps) * second.clamp(min=eps))
 
 
 def _like(view: Tensor, flat: Tensor, start: int) -> Tensor:

@@ -66,7 +66,7 @@ class CentreGradients(Part):
     def apply(self, whole: Whole) -> None:
         centred = whole.gradient.clone()
         for index in whole.indices:
-            view, (start, stop) = whole.bucket.views[index], whole.bucket.spans[index]
+            view, (start, stop) = whole.bucket.views[index], whole.span(index)
             if view.ndim > 1 and stop > start:
                 # Rows of the first dimension lie in one piece each.
                 rows = centred[start:stop].view(view.shape[0], -1)

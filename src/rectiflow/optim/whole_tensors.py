@@ -1,0 +1,89 @@
+"""Steps of optimizers with parts that need whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rectiflow.optim import buckets
+from rectiflow.optim.parts import Part, Stretch, Whole, move
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rectiflow.optim.buckets import Bucket
+
+
+def step_whole(
+    parts: Sequence[Part],
+    bucket: Bucket,
+    indices: Sequence[int],
+    flats: dict[int, Tensor],
+    numbers: dict[str, Any],
+) -> None:
+    """A step of some weights of a buffer; parts that do without whole tensors go over blocks.
+
+    Args:
+        parts: the chain.
+        bucket: the buffer.
+        indices: numbers of the weights.
+        flats: their gradients, 1-D, by number.
+        numbers: the settings of the step; parts may change them.
+    """
+    spans = [bucket.spans[index] for index in indices]
+    begin, end = spans[0][0], spans[-1][1]
+    if len(indices) == 1:
+        raw = flats[indices[0]].to(bucket.dtype)
+    else:
+        raw = torch.zeros(end - begin, dtype=bucket.dtype, device=bucket.device)
+        for index, (start, stop) in zip(indices, spans):
+            raw[start - begin : stop - begin] = flats[index]
+    target = bucket.flat[begin:end]
+    state = {name: buffer[begin:end] for name, buffer in bucket.state.items()}
+    param = target.to(bucket.dtype)
+    gradient = Stretch.of(param, raw, state, numbers).gradient
+    whole = Whole(param, raw, gradient, gradient, gradient, state, numbers, bucket, indices, begin)
+    places = [
+        slice(at - begin, min(at + buckets.BLOCK, stop) - begin)
+        for start, stop in _runs(spans)
+        for at in range(start, stop, buckets.BLOCK)
+    ]
+    for part in parts:
+        if part.whole:
+            part.apply(whole)
+        else:
+            _over_blocks(part, whole, places)
+    for place in places:
+        move(whole.cut(place), target[place])
+
+
+def _runs(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbouring spans joined."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _over_blocks(part: Part, whole: Whole, places: Sequence[slice]) -> None:
+    """Apply a part to blocks of whole tensors."""
+    names = ("gradient", "momentum_gradient", "direction")
+    made: dict[str, Tensor] = {}
+    for place in places:
+        stretch = whole.cut(place)
+        given = {name: getattr(stretch, name) for name in names}
+        part.apply(stretch)
+        for name in names:
+            value = getattr(stretch, name)
+            if value is not given[name]:
+                # What was there before, the raw gradient too, stays as it was.
+                if name not in made:
+                    made[name] = torch.empty_like(whole.raw)
+                made[name][place] = value
+    for name, value in made.items():
+        setattr(whole, name, value)
