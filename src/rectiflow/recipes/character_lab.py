@@ -207,20 +207,6 @@ def told(found: Mapping[str, Tuned]) -> str:
     return f"Learning rates tried on seed {TUNING}: {grids}."
 
 
-def standard_errors(before: Sequence[float], after: Sequence[float]) -> float:
-    """The fall of a mean, in standard errors of the difference; NaN for a single seed.
-
-    Example:
-        >>> round(standard_errors([3.0, 3.2], [2.0, 2.2]), 3)
-        7.071
-    """
-    if len(before) < 2 or len(after) < 2:
-        return math.nan
-    variance = statistics.variance(before) / len(before) + statistics.variance(after) / len(after)
-    fall = statistics.fmean(before) - statistics.fmean(after)
-    return fall / math.sqrt(variance) if variance else math.copysign(math.inf, fall)
-
-
 def train(
     text: Characters, net: NetSettings, name: str, rate: float, *, steps: int, seed: int
 ) -> float:

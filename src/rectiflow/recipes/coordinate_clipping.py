@@ -30,11 +30,11 @@ from rectiflow.recipes.character_lab import (
     Tuned,
     follow,
     race,
-    standard_errors,
     told,
 )
 from rectiflow.recipes.characters import standard_library
 from rectiflow.recipes.recipe import Check, Number, Result
+from rectiflow.recipes.tools import standard_errors
 from rectiflow.training.figures import bands
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run

@@ -26,7 +26,6 @@ from rectiflow.recipes.character_lab import (
     RaceSettings,
     Tuned,
     race,
-    standard_errors,
     told,
 )
 from rectiflow.recipes.opposing_images import (
@@ -42,7 +41,7 @@ from rectiflow.recipes.opposing_images import (
 )
 from rectiflow.recipes.opposing_toy import ARMS, ToyFound, ToySettings, run_toy
 from rectiflow.recipes.recipe import Check, Number, Result
-from rectiflow.recipes.tools import numbers
+from rectiflow.recipes.tools import numbers, standard_errors
 from rectiflow.training.figures import bands, curves
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run

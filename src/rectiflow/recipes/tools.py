@@ -89,7 +89,8 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:
 def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
     """The mean of differences seed by seed, in standard errors of that mean.
 
-    Signed infinity if all differences are the same; NaN for a single seed or where all are 0.
+    Signed infinity if all differences are the same, or some infinite; NaN for a single seed or
+    where all are 0.
 
     Example:
         >>> round(standard_errors([3.0, 4.0, 5.0], [1.0, 1.0, 1.0]), 3)
@@ -99,6 +100,8 @@ def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
     if len(differences) < 2:
         return math.nan
     mean = statistics.fmean(differences)
+    if not math.isfinite(mean):
+        return mean
     error = statistics.stdev(differences) / len(differences) ** 0.5
     if error:
         return mean / error
