@@ -30,10 +30,12 @@ from rectiflow.optim import (
     ResizableBatches,
     per_sample_statistics,
 )
+from rectiflow.recipes.classifier_lab import best_rate
 from rectiflow.recipes.recipe import Check, Result
 from rectiflow.recipes.tools import numbers
 from rectiflow.training.data import load
 from rectiflow.training.figures import bands, curves
+from rectiflow.training.progress import bar
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 
@@ -136,8 +138,19 @@ def run(settings: Settings, run: Run) -> Result:
     rates: dict[str, float] = {}
 
     def add(name: str, batch: int, rule: BatchTest | None) -> None:
-        rates[name] = _best(batch, rule, settings, data)
-        arms[name] = [_train(batch, rule, rates[name], settings, data, s) for s in settings.seeds]
+        tried = len(settings.rates) * len(settings.tuning_seeds) if len(settings.rates) > 1 else 0
+        with bar(name, tried + len(settings.seeds), unit="trainings") as progress:
+
+            def trained(rate: float, seed: int) -> Trained:
+                found = _train(batch, rule, rate, settings, data, seed)
+                progress.update(progress.done + 1)
+                return found
+
+            def score(rate: float, seed: int) -> float:
+                return trained(rate, seed).accuracy
+
+            rates[name] = best_rate(settings.rates, settings.tuning_seeds, score)
+            arms[name] = [trained(rates[name], seed) for seed in settings.seeds]
 
     for batch in (*settings.constant, settings.b_max):
         add(_constant(batch), batch, None)
@@ -210,18 +223,6 @@ def _images(settings: Settings) -> _Data:
 
 def _loss(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(net(x), labels)
-
-
-def _best(batch: int, rule: BatchTest | None, settings: Settings, data: _Data) -> float:
-    """The rate of the best mean accuracy on the tuning seeds."""
-    if len(settings.rates) == 1:
-        return settings.rates[0]
-
-    def accuracy(rate: float) -> float:
-        tried = [_train(batch, rule, rate, settings, data, s) for s in settings.tuning_seeds]
-        return statistics.fmean(one.accuracy for one in tried)
-
-    return max(settings.rates, key=accuracy)
 
 
 def _train(

@@ -23,6 +23,7 @@ from rectiflow.recipes.texture_lab import Arm, Lab, Painted, paint, train_autoen
 from rectiflow.recipes.tools import numbers
 from rectiflow.training.data import load
 from rectiflow.training.figures import bands, compare_samples
+from rectiflow.training.progress import bar
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 
@@ -104,11 +105,7 @@ def run(settings: Settings, run: Run) -> Result:
     for variant in (STRESSED, CALM):
         arms = {}
         for name, arm in ARMS.items():
-            rate, factor = _best(lab, arm, settings, variant)
-            arms[name] = [
-                paint(lab, arm, rate=rate, factor=factor, stressed=variant == STRESSED, seed=seed)
-                for seed in settings.seeds
-            ]
+            rate, factor, arms[name] = _tuned(lab, arm, settings, variant, f"{variant}, {name}")
             bound = "" if arm.suppression == "none" else f", bound {factor:g}"
             chosen.append(f"{variant}, {name}: rate {rate:.2g}{bound}")
         found[variant] = arms
@@ -144,23 +141,31 @@ def _lab(settings: Settings) -> Lab:
     )  # fmt: skip
 
 
-def _best(lab: Lab, arm: Arm, settings: Settings, variant: str) -> tuple[float, float]:
-    """Rate and bound of the best mean PSNR on the tuning seeds."""
+def _tuned(
+    lab: Lab, arm: Arm, settings: Settings, variant: str, title: str
+) -> tuple[float, float, list[Painted]]:
+    """Rate and bound of the best mean PSNR on the tuning seeds, and the textures they give."""
     low, high = settings.rates
     count = len(settings.factors)
     if arm.suppression == "none":
         tried = [(rate, 1.0) for rate in _spaced(low / settings.gain, high, count**2)]
     else:
         tried = list(itertools.product(_spaced(low, high, count), settings.factors))
+    trainings = len(tried) * len(settings.tuning_seeds) + len(settings.seeds)
+    with bar(title, trainings, unit="trainings") as progress:
 
-    def score(choice: tuple[float, float]) -> float:
-        rate, factor = choice
-        return statistics.fmean(
-            paint(lab, arm, rate=rate, factor=factor, stressed=variant == STRESSED, seed=seed).psnr
-            for seed in settings.tuning_seeds
-        )
+        def painted(choice: tuple[float, float], seed: int) -> Painted:
+            rate, factor = choice
+            stressed = variant == STRESSED
+            found = paint(lab, arm, rate=rate, factor=factor, stressed=stressed, seed=seed)
+            progress.update(progress.done + 1)
+            return found
 
-    return max(tried, key=score)
+        def score(choice: tuple[float, float]) -> float:
+            return statistics.fmean(painted(choice, seed).psnr for seed in settings.tuning_seeds)
+
+        best = max(tried, key=score)
+        return *best, [painted(best, seed) for seed in settings.seeds]
 
 
 def _spaced(low: float, high: float, count: int) -> list[float]:

@@ -32,6 +32,7 @@ from rectiflow.recipes.pixel_regression import SAME_RATE, TRACT_RATE, Regression
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import numbers
 from rectiflow.training.figures import bands, curves
+from rectiflow.training.progress import bar
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 
@@ -126,14 +127,26 @@ def run(settings: Settings, run: Run) -> Result:
         settings.data, train=settings.train, test=settings.test, size=settings.size
     )
     rates, arms = {}, {}
-    for kind, grid in ((CNN, settings.cnn_rates), (VIT, settings.vit_rates)):
-        rates[kind] = best_rate(
-            grid, settings.tuning_seeds, partial(_score, kind, settings, images)
-        )
-        arms[kind] = {
-            name: [_train(kind, lam, rates[kind], settings, images, s) for s in settings.seeds]
-            for name, lam in ((PLAIN, None), *((_name(lam), lam) for lam in settings.lams))
-        }
+    grids = {CNN: settings.cnn_rates, VIT: settings.vit_rates}
+    dampings = {PLAIN: None, **{_name(lam): lam for lam in settings.lams}}
+    tried = sum(len(grid) for grid in grids.values() if len(grid) > 1) * len(settings.tuning_seeds)
+    count = tried + len(grids) * len(dampings) * len(settings.seeds)
+    with bar("classifiers", count, unit="trainings") as progress:
+
+        def trained(kind: str, lam: float | None, rate: float, seed: int) -> Trained:
+            found = _train(kind, lam, rate, settings, images, seed)
+            progress.update(progress.done + 1)
+            return found
+
+        def score(kind: str, rate: float, seed: int) -> float:
+            return trained(kind, None, rate, seed).accuracy
+
+        for kind, grid in grids.items():
+            rates[kind] = best_rate(grid, settings.tuning_seeds, partial(score, kind))
+            arms[kind] = {
+                name: [trained(kind, lam, rates[kind], seed) for seed in settings.seeds]
+                for name, lam in dampings.items()
+            }
     regression = regress(settings.pixels, settings.rows, settings.regression_steps)
     return Result(
         slug="tract",
@@ -148,11 +161,6 @@ def run(settings: Settings, run: Run) -> Result:
 
 def _name(lam: float) -> str:
     return f"TrAct, λ = {lam:g}"
-
-
-def _score(kind: str, settings: Settings, images: LabelledImages, rate: float, seed: int) -> float:
-    """Accuracy with a plain layer."""
-    return _train(kind, None, rate, settings, images, seed).accuracy
 
 
 def _train(
