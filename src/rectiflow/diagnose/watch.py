@@ -77,7 +77,11 @@ class Watch:
             drawn = {
                 d.name: d.draw(self.rows[d.name], self.folder / FOLDER) for d in self.diagnoses
             }
-            sections = [Section(name, pictures=pictures) for name, pictures in drawn.items()]
+            empty = "Nothing to draw: its records say what it saw."
+            sections = [
+                Section(name, pictures=pictures, texts=[] if pictures else [empty])
+                for name, pictures in drawn.items()
+            ]
             write_report(self.folder / "report.html", trainer.title, sections)
 
     def observe(self, step: int, optimizer: Any = None) -> None:
