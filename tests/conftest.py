@@ -3,7 +3,7 @@
 rectiflow imports the names of its annotations under `TYPE_CHECKING`, so that users need no
 jaxtyping. Here its modules are compiled with those imports unfolded, and every function that says
 shapes is checked by jaxtyping and beartype, in its first calls of every test: the rest are the same
-calls again, and checking all of them would double the time of the suite. Setting
+calls again, and checking all of them takes longer than the code under test. Setting
 `typing.TYPE_CHECKING` itself breaks other packages.
 """
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from rectiflow.flows import FlowModel, GaussianField, integrate
+from rectiflow.flows import FlowModel, GaussianField, InvertedPairs, fields, integrate
 from rectiflow.flows.couplings import (
     Draw,
     Independent,
@@ -217,3 +217,13 @@ def test_teachers_follow_a_training_to_its_device():
     with evaluating(teacher, torch.device("cpu")), evaluating(teacher):
         pass
     assert moved == [torch.device("meta")]
+
+
+@pytest.mark.parametrize("make", [LivePairs, lambda t: InvertedPairs(t, torch.zeros(4, 2))])
+def test_pairs_bring_their_teacher_to_the_draw(monkeypatch, make):
+    moved = []
+    teacher = FlowModel(lambda x, t: -x, shape=(2,))
+    monkeypatch.setattr(FlowModel, "to", lambda self, device: moved.append(device))
+    monkeypatch.setattr(fields, "device_of", lambda model: torch.device("meta"))
+    make(teacher).draw(Draw.of(2))
+    assert moved == [torch.device("cpu")]
