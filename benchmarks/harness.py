@@ -220,6 +220,12 @@ def over(case: str, rounds: Rounds, name: str, base: str, **fields: Any) -> Row:
     return Row(case, f"{name} - {base}", *figures, unit="s", **fields)
 
 
+def alone(case: str, rounds: Rounds, name: str, **fields: Any) -> Row:
+    """The row of the seconds of one variant."""
+    cpu, wall = (Quartiles.of([pair[clock] for pair in rounds.seconds[name]]) for clock in (0, 1))
+    return Row(case, name, cpu, wall, unit="s", **fields)
+
+
 def machine(packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
     """What the numbers depend on, without anything that names the machine."""
     model = platform.processor() or platform.machine()

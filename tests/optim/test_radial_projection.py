@@ -128,6 +128,23 @@ def test_invariant_7_memory_order_does_not_matter() -> None:
     torch.testing.assert_close(*changes, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", [SGDP, AdamP])
+def test_weights_of_several_blocks_step_as_each_alone(kind, monkeypatch) -> None:
+    monkeypatch.setattr("rectiflow.optim.buckets.BLOCK", 16)
+    # Gradients without a radial part match, so that every weight is projected and decays less.
+    together = [nn.Parameter(draw(6, 5, seed=n)) for n in range(3)]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    settings = {"lr": 0.1, "weight_decay": 0.1, "wd_ratio": 0.5}
+    one, many = kind(together, **settings), [kind([p], **settings) for p in alone]
+    for seed in range(3, 6):
+        for p, q, own in zip(together, alone, many):
+            q.grad = p.grad = orthogonal(draw(6, 5, seed=seed), p.detach(), rows=True)
+            own.step()
+        one.step()
+    for p, q in zip(together, alone):
+        assert torch.equal(p, q)
+
+
 def test_transposed_weights_are_taken_by_their_channels() -> None:
     value = draw(3, 6)
     p, q = nn.Parameter(value.clone()), nn.Parameter(value.T.contiguous())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from rectiflow.errors import NonFiniteLossError
 from rectiflow.flows import FlowModel, Independent, PseudoHuber
@@ -148,6 +149,52 @@ def test_curvature_is_that_of_drawn_targets():
     grads = torch.autograd.grad(loss, list(method.model.parameters()))
     for h, grad in zip(found, grads):
         torch.testing.assert_close(h, 0.01 * 16 * grad.square(), rtol=1e-4, atol=1e-9)
+
+
+class Normalised(nn.Module):
+    """A field with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+class Attending(nn.Module):
+    """A field that attends to the rows of its input, by torch's fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.out = nn.Linear(2, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        q, k, v = self.inward(x)[None, None].chunk(3, dim=-1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v)[0, 0])
+
+
+@pytest.mark.parametrize("name", ["sophiag", "sophiah"])
+def test_curvature_leaves_running_statistics_alone(name):
+    found = []
+    for optimizer in ("adam", name):
+        torch.manual_seed(0)
+        net = Normalised()
+        method = FlowMatching(FlowModel(net, shape=(2,)), Independent(DATA))
+        Trainer(method, settings(1, optim=OptimizerSettings(optimizer, curvature_every=1))).fit()
+        found.append(net.norm.running_mean)
+    assert float(found[0].norm()) > 0
+    assert torch.equal(*found)
+
+
+def test_curvature_goes_through_fused_attention():
+    torch.manual_seed(0)
+    net = Attending()
+    method = FlowMatching(FlowModel(net, shape=(2,)), Independent(DATA))
+    trainer = Trainer(method, settings(1, optim=OptimizerSettings("sophiah", curvature_every=1)))
+    trainer.fit()
+    state = trainer._optimizers[0].optimizer.state
+    assert float(state[net.inward.weight]["hessian"].abs().sum()) > 0
 
 
 def test_sophia_reports_the_share_of_unclipped_weights(tmp_path):
