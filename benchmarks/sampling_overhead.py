@@ -124,7 +124,7 @@ def main() -> bool:
     rows = compare("toy", Toy(), torch.randn(256, 2), peers, rounds=41, steps=50)
     small = Convolutions(32, 3)
     # Calls that dwarf the loop around them: few steps say the same in less time.
-    few = {"rounds": 15, "steps": 10}
+    few = {"rounds": 31, "steps": 4}
     rows += compare("small conv, batch 16", small, torch.randn(16, 1, 28, 28), peers, **few)
     conv = Convolutions(104, 10)
     rows += compare("conv 0.98 M, batch 1", conv, torch.randn(1, 1, 28, 28), peers, **few)

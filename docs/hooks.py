@@ -181,7 +181,8 @@ def benchmarks(results: list[dict[str, Any]]) -> str:
     """Every benchmark as a table of ratios with their quartiles."""
     lead = (
         "Each table answers one question; a ratio compares two variants timed in turn in the same "
-        "run. `make bench` measures them anew."
+        "run. A target missed by less than two standard errors of the median is unclear. "
+        "`make bench` measures them anew."
     )
     if not results:
         lead += " No result has been committed yet."
@@ -202,6 +203,8 @@ def benchmark_section(result: dict[str, Any]) -> str:
         sign = "at least" if row["lower_bound"] else "at most"
         goal = f"{sign} {row['target']:g} {row['clock']}" if row["target"] is not None else ""
         met = {True: "yes", False: "no", None: ""}[row["met"]]
+        if row.get("unclear"):
+            met = "unclear"
         times = (quartiles(row[clock], row["unit"]) for clock in ("cpu", "wall"))
         rows.append((row["case"], row["figure"], *times, goal, met, row["note"]))
     title = result["name"].replace("_", " ")

@@ -7,10 +7,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "harness.py"
 
@@ -91,6 +93,28 @@ def test_targets_bound_from_the_right_side(
     assert row.met is met
 
 
+def test_a_miss_within_the_noise_is_unclear(harness: ModuleType) -> None:
+    noisy = harness.Quartiles.of([0.95, 1.0, 1.02, 1.04, 1.09])
+    exact = harness.Quartiles.of([1.02] * 5)
+    assert noisy.median == exact.median == 1.02
+    assert noisy.error == pytest.approx(0.929 * 0.04 / 5**0.5)
+    row = harness.Row("case", "a / b", noisy, exact, target=1.0)
+    assert row.met is False
+    assert row.unclear
+    assert not replace(row, clock="wall").unclear
+    assert not replace(row, target=0.9).unclear
+    assert not replace(row, target=1.1).unclear
+    assert not replace(row, target=None).unclear
+
+
+def test_median_errors_are_those_of_normal_noise(harness: ModuleType) -> None:
+    draws = torch.randn(2000, 31, generator=torch.Generator().manual_seed(0))
+    errors = [harness.Quartiles.of(row).error for row in draws.tolist()]
+    medians = torch.median(draws, dim=1).values
+    # The rule is that of many rounds; the quartiles of 31 are a twentieth too close.
+    assert sum(errors) / len(errors) == pytest.approx(float(medians.std()), rel=0.08)
+
+
 def test_report_writes_the_machine_and_says_what_was_missed(
     harness: ModuleType,
     tmp_path: Path,
@@ -103,7 +127,7 @@ def test_report_writes_the_machine_and_says_what_was_missed(
     assert harness.report("name", "A question?", rows, packages=("torch", "no-such-thing")) is False
     record = json.loads((tmp_path / "name.json").read_text())
     assert record["rows"][0]["met"] is False
-    assert record["rows"][0]["cpu"] == {"median": 1.2, "low": 1.1, "high": 1.3}
+    assert record["rows"][0]["cpu"] == {"median": 1.2, "low": 1.1, "high": 1.3, "error": 0.0}
     assert record["machine"]["packages"]["no-such-thing"] is None
     assert {"cpu", "cores", "threads", "python", "date"} <= set(record["machine"])
     assert [f.name for f in tmp_path.iterdir()] == ["name.json"]
