@@ -12,6 +12,7 @@ from rectiflow.flows import CompiledSampler, FlowModel
 from sampling_overhead import LOOP, bare_loop, ours
 
 COMPILED = "compiled, 10 steps a call"
+STEPS = 50
 
 
 def main() -> bool:
@@ -20,13 +21,13 @@ def main() -> bool:
     sampler = CompiledSampler(FlowModel(net), steps_per_call=10)
     with torch.inference_mode():
         begin = time.perf_counter()
-        first = sampler(x, 50)
+        first = sampler(x, STEPS)
         seconds = time.perf_counter() - begin
-        torch.testing.assert_close(first, bare_loop(net, x)(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first, bare_loop(net, x, STEPS)(), atol=1e-4, rtol=1e-4)
         runs = {
-            LOOP: bare_loop(net, x),
-            COMPILED: lambda: sampler(x, 50),
-            "rectiflow": ours(net, x),
+            LOOP: bare_loop(net, x, STEPS),
+            COMPILED: lambda: sampler(x, STEPS),
+            "rectiflow": ours(net, x, STEPS),
         }
         timers = {name: harness.block(run) for name, run in runs.items()}
         found = harness.measure(timers, floor=LOOP, rounds=41)

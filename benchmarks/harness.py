@@ -253,7 +253,7 @@ def machine(packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         model = next((ln.split(":", 1)[1].strip() for ln in lines if "model name" in ln), model)
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -294,7 +294,7 @@ def report(
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, quartiles in brackets."""
     head = ("case", "figure", "cpu", "wall", "target", "met", "note")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         sign = ">=" if row.lower_bound else "<="
         target = f"{sign} {row.target:g} {row.clock}" if row.target is not None else ""

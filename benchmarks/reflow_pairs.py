@@ -31,7 +31,8 @@ class Clocked:
             return
         now = harness.clocks()
         if self.mark is not None:
-            self.blocks.append(tuple((b - a) / self.block for a, b in zip(self.mark, now)))
+            cpu, wall = ((b - a) / self.block for a, b in zip(self.mark, now))
+            self.blocks.append((cpu, wall))
         self.mark = now
 
 
@@ -78,7 +79,7 @@ def compare(size: str, batch: int, *, block: int, rounds: int = 7) -> list[harne
     finally:
         shutil.rmtree(folder)
     case = f"{size}, batch {batch}, {STEPS} teacher steps"
-    crossing = [
+    cpu, wall = (
         harness.Quartiles.of(
             [
                 g[clock] / max(v[clock] - s[clock], 1e-9)
@@ -86,13 +87,14 @@ def compare(size: str, batch: int, *, block: int, rounds: int = 7) -> list[harne
             ]
         )
         for clock in (0, 1)
-    ]
+    )
     return [
         harness.ratio(case, found, LIVE, STORED),
         harness.Row(
             case,
             "passes over the store from which storing is cheaper",
-            *crossing,
+            cpu,
+            wall,
             unit="passes",
             note="live pairs are new in every step; a store is used in every pass",
         ),
