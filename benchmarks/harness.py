@@ -125,12 +125,13 @@ def child(*command: str) -> Timer:
 def peak_mib(*command: str) -> float:
     """The most memory, in MiB, that a Python process of its own held at once."""
     watched = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "import os, resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", watched, *command], check=True, capture_output=True, text=True
+        [sys.executable, "-c", watched, *command], check=True, stdout=subprocess.PIPE, text=True
     )
     return int(done.stdout.split()[-1]) / 1024
 

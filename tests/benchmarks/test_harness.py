@@ -115,6 +115,14 @@ def test_median_errors_are_those_of_normal_noise(harness: ModuleType) -> None:
     assert sum(errors) / len(errors) == pytest.approx(float(medians.std()), rel=0.08)
 
 
+def test_peaks_are_those_of_the_child(harness: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("def hold(mib): return bytearray(mib << 20)\n")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom beside import hold\nhold(int(sys.argv[1]))\n")
+    few, many = (harness.peak_mib(str(script), mib) for mib in ("1", "65"))
+    assert many - few == pytest.approx(64, abs=4)
+
+
 def test_report_writes_the_machine_and_says_what_was_missed(
     harness: ModuleType,
     tmp_path: Path,

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import ScoreOptions, choose_device, judging_data
+from rectiflow.cli.judging import JudgeOptions
 from rectiflow.cli.settings import parse
+
+if TYPE_CHECKING:
+    from rectiflow.cli.models import Opened
+    from rectiflow.flows.fields import FlowModel
 
 
 @dataclass(frozen=True)
-class Settings(ScoreOptions):
+class Settings(JudgeOptions):
     """Settings of `rectiflow compare`."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Model folders, run folders (of several stages too), or owner/name on the Hub."""
-    data: str | None = None
-    """Data to judge by; what the models were trained on by default."""
+    """Model folders, run folders (of several stages too) and diffusers pipelines, here or on the
+    Hub."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
     """Numbers of Euler steps."""
     out: Path | None = None
     """Folder for report.html, compare.json and pictures; runs/compare-TIME by default."""
     overwrite: bool = False
     """Write over what is in --out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         self.check_scores(self.steps)
@@ -42,16 +44,21 @@ def main(words: Sequence[str]) -> int:
     from rectiflow.training.comparison import check_comparable, read_models
     from rectiflow.training.runs import Run, new_folder
 
-    device = choose_device(settings.device)
-    entries = read_models(settings.runs)
+    opened: dict[str, Opened] = {}
+
+    def read(source: str) -> FlowModel:
+        opened[source] = settings.open(source)
+        return opened[source].model
+
+    entries = read_models(settings.runs, read)
     check_comparable(entries, data=settings.data)
-    for entry in entries:
-        entry.model.to(device)
-    train, test = judging_data(entries[0].model, settings.data)
-    folder = settings.out if settings.out is not None else new_folder("compare", train.slug)
+    evaluator = settings.evaluator([opened[entry.source] for entry in entries])
+    # Those that take prompts have them now.
+    entries = [replace(entry, model=opened[entry.source].model) for entry in entries]
+    name = evaluator.train.slug
+    folder = settings.out if settings.out is not None else new_folder("compare", name)
     with Run(folder, "compare", settings, overwrite=settings.overwrite) as run:
         print(f"run folder: {run.folder}", file=sys.stderr)
-        evaluator = settings.evaluator(train, test)
         found = compare(entries, evaluator, sorted(set(settings.steps)))
         write(found, entries, evaluator, run)
         print(f"report: {run.path('report.html')}, numbers: {run.path('compare.json')}")

@@ -9,31 +9,31 @@ from pathlib import Path
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import ScoreOptions, choose_device, counting, judging_data
+from rectiflow.cli.judging import JudgeOptions
+from rectiflow.cli.options import check_guidance, counting, guided_by
 from rectiflow.cli.settings import parse
 
 
 @dataclass(frozen=True)
-class Settings(ScoreOptions):
+class Settings(JudgeOptions):
     """Settings of `rectiflow evaluate`."""
 
     model: tyro.conf.Positional[str] = tyro.MISSING
-    """Model folder, or owner/name on the Hub."""
-    data: str | None = None
-    """Data to score against; what the model was trained on by default."""
+    """Model folder or diffusers pipeline, here or on the Hub."""
     steps: tuple[int, ...] = (1, 2, 4, 10, 50)
     """Numbers of solver steps."""
     solver: str = "euler"
     """euler, heun, midpoint, rk4, dopri5, sde or renoise."""
+    guidance: float | str | None = None
+    """Guidance of a conditional model, as for `rectiflow sample`."""
     out: Path | None = None
     """JSON file for the scores."""
     overwrite: bool = False
     """Write over --out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         self.check_scores(self.steps)
+        check_guidance(self.guidance)
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,14 +42,14 @@ def main(words: Sequence[str]) -> int:
     if settings.out is not None and settings.out.exists() and not settings.overwrite:
         raise FileExistsError(f"{settings.out} exists: choose another --out or pass --overwrite")
     from rectiflow.files import write_json
-    from rectiflow.flows import FlowModel
     from rectiflow.flows.metrics import straightness, transport_cost
     from rectiflow.flows.sampling import sample
     from rectiflow.training.report import cell
 
-    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
-    train, test = judging_data(model, settings.data)
-    evaluator = settings.evaluator(train, test)
+    opened = settings.open(settings.model)
+    evaluator = settings.evaluator([opened])
+    model = opened.model
+    guided = None if settings.guidance is None else guided_by(model, settings.guidance)
     floor = evaluator.floor()
     rows = {}
     with counting("evaluate", settings.samples * len(settings.steps), "samples") as update:
@@ -58,11 +58,15 @@ def main(words: Sequence[str]) -> int:
                 model,
                 steps=steps,
                 solver=settings.solver,
+                field=guided,
                 progress=lambda done, base=index * settings.samples: update(base + done),
             )
     source, condition = evaluator.noises(model)
-    ends = sample(model, source=source, steps=max(settings.steps), solver="euler", **condition)
-    straight = straightness(model, source[:1000], 50, **{k: v[:1000] for k, v in condition.items()})
+    ends = sample(
+        model, source=source, steps=max(settings.steps), solver="euler", field=guided, **condition
+    )
+    first = {name: rows[:1000] for name, rows in condition.items()}
+    straight = straightness(guided or model, source[:1000], 50, **first)
     header = (
         f"{'steps':>6}  {evaluator.name:>14}  {'fd_pixels':>9}  {'precision':>9}  {'recall':>6}"
     )
@@ -79,9 +83,10 @@ def main(words: Sequence[str]) -> int:
             settings.out,
             {
                 "model": settings.model,
-                "data": train.name,
+                "data": evaluator.train.name,
                 "distance": evaluator.name,
                 "solver": settings.solver,
+                "guidance": settings.guidance,
                 "scores": {str(steps): asdict(score) for steps, score in rows.items()},
                 "floor": asdict(floor),
                 "straightness": straight.total,

@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import ScoreOptions, choose_device, counting, judging_data
+from rectiflow.cli.judging import JudgeOptions
+from rectiflow.cli.options import counting
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
 if TYPE_CHECKING:
+    from rectiflow.cli.models import Opened
     from rectiflow.flows.fields import FlowModel
     from rectiflow.training.evaluation import Evaluator
     from rectiflow.training.runs import Run
 
 
 @dataclass(frozen=True)
-class Settings(ScoreOptions):
+class Settings(JudgeOptions):
     """Settings of `rectiflow grid`."""
 
     model: tyro.conf.Positional[str] = tyro.MISSING
-    """Model folder, or owner/name on the Hub."""
+    """Model folder or diffusers pipeline, here or on the Hub."""
     steps: int = 8
     """Euler steps that the model is to be sampled with."""
     against: tuple[int, ...] = (2, 4, 8, 16)
     """Numbers of steps at which the fitted grid is scored against the equal one; nothing after the
     flag to leave the scores out."""
-    data: str | None = None
-    """Data to judge by; what the model was trained on by default."""
     measured: int = 256
     """Samples that the bending is measured on."""
     seed: int = 0
@@ -42,8 +42,6 @@ class Settings(ScoreOptions):
     """Folder for the model, grid.json and grid.png; runs/grid-NAME-TIME by default."""
     overwrite: bool = False
     """Write over what is in --out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         self.check_scores((self.steps, *self.against))
@@ -53,10 +51,10 @@ class Settings(ScoreOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="grid", summary=COMMANDS["grid"].summary)
-    from rectiflow.flows import FlowModel
     from rectiflow.training.runs import Run, new_folder
 
-    model = FlowModel.from_pretrained(settings.model).to(choose_device(settings.device))
+    opened = settings.open(settings.model)
+    model = opened.model
     if "made_for" in model.sampling:
         raise ValueError(
             f"the model was distilled to {model.sampling['made_for']} step(s) at times of its own: "
@@ -64,28 +62,38 @@ def main(words: Sequence[str]) -> int:
         )
     name = str(model.data.get("name", ""))
     folder = settings.out if settings.out is not None else new_folder("grid", name)
-    evaluator = None
-    if settings.against:
-        evaluator = settings.evaluator(*judging_data(model, settings.data))
+    evaluator = settings.evaluator([opened]) if settings.against else None
+    if evaluator is None:
+        settings.attach([opened])
     with Run(folder, "grid", settings, overwrite=settings.overwrite) as run:
         print(f"run folder: {run.folder}", file=sys.stderr)
-        fit(model, settings, evaluator, run)
+        times = fit(opened, settings, evaluator, run)
+        # As it was given: prompts do not belong to a model.
+        model.sampling = {"solver": "euler", "steps": times}
+        made = {"method": "fitted grid", "evaluations": settings.steps}
+        model.lineage = [*model.lineage, made]
+        model.save_pretrained(run.path("model"), overwrite=True)
+        print(f"times for {settings.steps} steps: " + " ".join(f"{t:.3f}" for t in times))
+        print(f"model: {run.path('model')}")
     return 0
 
 
-def fit(model: FlowModel, settings: Settings, evaluator: Evaluator | None, run: Run) -> None:
-    """Grids, their scores, and the model with the one that was asked for."""
+def fit(opened: Opened, settings: Settings, evaluator: Evaluator | None, run: Run) -> list[float]:
+    """Grids and their scores; the one that was asked for."""
     import torch
 
     from rectiflow.files import write_json
     from rectiflow.flows import adaptive_times
     from rectiflow.flows.sampling import draw_source
 
+    model = opened.model
     generator = torch.Generator().manual_seed(settings.seed)
     source = draw_source(model, settings.measured, generator=generator)
     condition = {}
-    if model.conditional:
-        conditions = judging_data(model, settings.data)[0]
+    if opened.prompts:
+        condition = opened.condition(settings.measured)
+    elif model.conditional:
+        conditions = settings.judging_data(opened)[0]
         rows = torch.randint(len(conditions), (settings.measured,), generator=generator)
         condition = {k: v.to(source.device) for k, v in conditions.condition(rows).items()}
     counts = sorted({settings.steps, *settings.against})
@@ -98,12 +106,7 @@ def fit(model: FlowModel, settings: Settings, evaluator: Evaluator | None, run: 
     if evaluator is not None:
         found |= _scores(model, {n: grids[n] for n in settings.against}, evaluator, run)
     write_json(run.path("grid.json"), found)
-    times = grids[settings.steps]
-    model.sampling = {"solver": "euler", "steps": times}
-    model.lineage = [*model.lineage, {"method": "fitted grid", "evaluations": settings.steps}]
-    model.save_pretrained(run.path("model"), overwrite=True)
-    print(f"times for {settings.steps} steps: " + " ".join(f"{t:.3f}" for t in times))
-    print(f"model: {run.path('model')}")
+    return grids[settings.steps]
 
 
 def _scores(

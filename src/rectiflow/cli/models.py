@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rectiflow.cli.options import choose_device, data_of, labels_for
+from rectiflow.training.runs import PIPELINE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from rectiflow.flows.fields import FlowModel
-
-INDEX = "model_index.json"
 
 
 @dataclass(eq=False)
@@ -219,7 +218,7 @@ def is_pipeline(spec: str) -> bool:
     """Whether a folder, or a name on the Hub, is a diffusers pipeline."""
     folder = Path(spec)
     if folder.is_dir():
-        return (folder / INDEX).is_file()
+        return (folder / PIPELINE).is_file()
     if folder.exists() or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         return False
     from rectiflow.errors import require
@@ -228,7 +227,7 @@ def is_pipeline(spec: str) -> bool:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(spec, INDEX)
+        hf_hub_download(spec, PIPELINE)
     except Exception:
         # What it is, if not a pipeline, is for the reader of model folders to say.
         return False

@@ -18,7 +18,6 @@ from rectiflow.training.runs import Run, new_folder
 if TYPE_CHECKING:
     from rectiflow.flows.fields import FlowModel
     from rectiflow.training.data import ImageData
-    from rectiflow.training.evaluation import Evaluator
     from rectiflow.training.trainer import TrainerSettings
 
 
@@ -97,32 +96,6 @@ def watching(found: Sequence[Any], run: Run) -> list[Any]:
     return [Watch(found, run.folder)] if found else []
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How samples are scored."""
-
-    samples: int = 5000
-    """Samples for each score."""
-    features: str = "auto"
-    """auto, random, or inception:PATH (local weights) for FID."""
-
-    def check_scores(self, steps: Sequence[int]) -> None:
-        """Refuse counts of samples and steps that cannot be scored."""
-        positive("samples", self.samples)
-        for count in steps:
-            positive("steps", count)
-        if not steps:
-            raise ValueError("--steps needs at least one number")
-
-    def evaluator(self, train: ImageData, test: ImageData) -> Evaluator:
-        """The evaluator of a data set."""
-        from rectiflow.training.evaluation import Evaluator
-
-        return Evaluator(
-            train, test, count=self.samples, features=self.features, cache=cache_folder()
-        )
-
-
 def load_data(
     spec: str, *, split: str = "train", size: int | None = None, channels: int | None = None
 ) -> ImageData:
@@ -140,15 +113,6 @@ def data_of(model: FlowModel, split: str = "train") -> ImageData:
     return load_data(
         known["spec"], split=split, size=known.get("size"), channels=known.get("channels")
     )
-
-
-def judging_data(model: FlowModel, spec: str | None) -> tuple[ImageData, ImageData]:
-    """Training and test set to score a model by: those of a spec, or what it was trained on."""
-    if spec is None:
-        return data_of(model), data_of(model, "test")
-    channels, size = (model.shape[0], model.shape[-1]) if model.shape else (None, None)
-    train = load_data(spec, size=size, channels=channels)
-    return train, load_data(spec, split="test", size=size, channels=channels)
 
 
 def labels_for(model: FlowModel, count: int, label: int | None, generator: Any) -> dict[str, Any]:

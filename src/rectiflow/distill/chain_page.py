@@ -59,8 +59,9 @@ def score(stage: Stage, evaluator: Evaluator, counts: Sequence[int]) -> Row:
         for index, steps in enumerate(counts):
             with Stopwatch() as watch:
                 ends = sample(model, source=source, steps=steps, solver="euler", **condition)
+                images = evaluator.images(ends)
             speeds[steps] = 1000 * watch.seconds / len(source)
-            scores[steps] = evaluator.compare(ends)
+            scores[steps] = evaluator.compare(images)
             progress.update(sum(counts[: index + 1]))
     first = {name: rows[:1000] for name, rows in condition.items()}
     straight = straightness(model, source[:1000], max(counts), **first)

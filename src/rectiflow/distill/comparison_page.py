@@ -247,13 +247,12 @@ def _samples(
         first = {name: value[:SHOWN] for name, value in condition.items()}
         for steps in dict.fromkeys((counts[0], counts[-1])):
             word = "step" if steps == 1 else "steps"
-            panels[f"{entry.title}, {steps} {word}"] = sample(
-                entry.model, source=source[:SHOWN], steps=steps, solver="euler", **first
-            )
+            shown = sample(entry.model, source=source[:SHOWN], steps=steps, solver="euler", **first)
+            panels[f"{entry.title}, {steps} {word}"] = evaluator.images(shown)
         own = entry.model.sampling["solver"] == "euler"
         if not own or own_steps(entry.model) not in (counts[0], counts[-1]):
             title = f"{entry.title}, as made ({describe_sampling(entry.model)})"
-            panels[title] = sample(entry.model, source=source[:SHOWN], **first)
+            panels[title] = evaluator.images(sample(entry.model, source=source[:SHOWN], **first))
     picture = compare_samples(
         panels, run.path("samples.png"), title="The same noises through every model"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from rectiflow.flows.first_order_gap import FirstOrderGap, first_order_gap
 from rectiflow.flows.sampling import sample
 from rectiflow.training.progress import Stopwatch
 from rectiflow.training.report import Table
+from rectiflow.training.runs import PIPELINE
 from rectiflow.training.sessions import MODEL
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class AsMade:
 
 
 def find_models(place: str | Path) -> list[tuple[str, str]]:
-    """Titles and folders of the models in a place: a model folder, or a run folder of any kind.
+    """Titles and folders of the models in a place: a model folder, a run folder or a pipeline.
 
     A run of several stages (`demo`) gives all its models, in the order in which each was made of
     the one before. What is no folder is taken for a name on the Hub.
@@ -75,6 +76,8 @@ def find_models(place: str | Path) -> list[tuple[str, str]]:
         # A run keeps its model under the same name as all others do.
         own = folder.resolve()
         return [(own.parent.name if own.name == MODEL else own.name, str(folder))]
+    if (folder / PIPELINE).is_file():
+        return [(folder.resolve().name, str(folder))]
     if (folder / MODEL / CONFIG).is_file():
         return [(folder.resolve().name, str(folder / MODEL))]
     found = sorted(folder.glob(f"*/{MODEL}/{CONFIG}"), key=lambda file: file.stat().st_mtime)
@@ -85,8 +88,14 @@ def find_models(place: str | Path) -> list[tuple[str, str]]:
     return [(file.parent.parent.name, str(file.parent)) for file in found]
 
 
-def read_models(places: Sequence[str | Path]) -> list[Compared]:
+def read_models(
+    places: Sequence[str | Path], read: Callable[[str], FlowModel] = FlowModel.from_pretrained
+) -> list[Compared]:
     """All models in some places, each under a title of its own.
+
+    Args:
+        places: model folders, run folders, pipelines, or names on the Hub.
+        read: makes the model of one of them.
 
     Raises:
         ValueError: fewer than two models.
@@ -104,7 +113,7 @@ def read_models(places: Sequence[str | Path]) -> list[Compared]:
         own, number = title, 2
         while own in taken:
             own, number = f"{title} ({number})", number + 1
-        entries.append(Compared(own, source, FlowModel.from_pretrained(source)))
+        entries.append(Compared(own, source, read(source)))
     return entries
 
 
@@ -166,7 +175,7 @@ def score_as_made(model: FlowModel, evaluator: Evaluator) -> AsMade:
     """Score and time a model with its own solver and steps."""
     source, condition = evaluator.noises(model)
     with Stopwatch() as watch:
-        images = sample(model, source=source, **condition)
+        images = evaluator.images(sample(model, source=source, **condition))
     speed = 1000 * watch.seconds / len(source)
     return AsMade(describe_sampling(model), own_steps(model), evaluator.compare(images), speed)
 

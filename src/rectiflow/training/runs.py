@@ -17,6 +17,8 @@ from rectiflow.errors import RunExistsError
 from rectiflow.files import read_json, write_json
 
 RECORD = "run.json"
+PIPELINE = "model_index.json"
+"""The file by which a folder is a diffusers pipeline."""
 
 
 class Run:

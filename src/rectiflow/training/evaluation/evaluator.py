@@ -26,6 +26,9 @@ MOST_PIXELS = 1024
 """Largest number of pixel values for which the pixel-space distance is computed: its covariance
 has that many rows, and beyond it neither the estimate nor its root is worth the time."""
 
+DECODED = 16
+"""Latents decoded together: a decoder's activations are hundreds of times as large."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -62,6 +65,9 @@ class Evaluator:
         manifold: data and samples compared for precision and recall (their cost is quadratic).
         seed: seed of noises and labels.
         cache: folder for trained features.
+        decode: from samples to images in [-1, 1], for models of latents.
+        condition: from row numbers of the training set to what samples are conditioned on; the
+            labels of those rows by default.
     """
 
     def __init__(
@@ -75,9 +81,12 @@ class Evaluator:
         manifold: int = 2000,
         seed: int = 1234,
         cache: Path | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        condition: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         for name, value in (("count", count), ("neighbours", neighbours), ("manifold", manifold)):
             positive(name, value)
+        self._decode, self._condition = decode, condition or train.condition
         self.train, self.test, self.count, self.seed = train, test, count, seed
         self.neighbours, self.manifold = neighbours, manifold
         self.features = load_features(train, test, kind=features, cache=cache)
@@ -99,7 +108,7 @@ class Evaluator:
         generator = torch.Generator().manual_seed(self.seed)
         source = draw_source(model, self.count, generator=generator)
         rows = torch.randint(len(self.train), (self.count,), generator=generator)
-        condition = self.train.condition(rows) if model.conditional else {}
+        condition = self._condition(rows) if model.conditional else {}
         return source, {k: v.to(source.device) for k, v in condition.items()}
 
     def score(
@@ -108,21 +117,30 @@ class Evaluator:
         *,
         steps: int | Sequence[float] | None = None,
         solver: Any = None,
+        field: Any = None,
         batch_size: int = 1024,
         progress: Callable[[int], None] | None = None,
     ) -> Scores:
-        """The scores of a model's samples."""
+        """The scores of a model's samples; `field` is followed in place of the model's own."""
         source, condition = self.noises(model)
-        images = sample(
+        samples = sample(
             model,
             source=source,
             steps=steps,
             solver=solver,
+            field=field,
             batch_size=batch_size,
             progress=progress,
             **condition,
         )
-        return self.compare(images)
+        return self.compare(self.images(samples))
+
+    def images(self, samples: Float[Tensor, "b *dims"]) -> Float[Tensor, "b c h w"]:
+        """Samples as images: decoded a few at a time, or as they are."""
+        if self._decode is None:
+            return samples
+        with torch.no_grad():
+            return torch.cat([self._decode(part) for part in samples.split(DECODED)])
 
     def compare(self, images: Float[Tensor, "b c h w"]) -> Scores:
         """The scores of given images in [-1, 1]."""
