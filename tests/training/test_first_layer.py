@@ -82,7 +82,20 @@ def test_layers_of_images_and_what_looking_changes():
     assert all(p.requires_grad for p in net.parameters())
 
 
+def test_another_layer_may_be_named():
+    layers = [n for n, m in make_method().model.net.named_modules() if type(m) is nn.Linear]
+    trained, first = weights(train(1, tract_layer=layers[-1])), weights(train(1))
+    plain = weights(train(1, tract=None))
+    moved = [name for name in plain if not torch.allclose(trained[name], plain[name], rtol=1e-4)]
+    assert moved == [f"net.{layers[-1]}.weight"]
+    assert torch.equal(first[moved[0]], plain[moved[0]])
+
+
 def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="which layer --tract takes: add --tract"):
+        TrainerSettings(tract_layer="body.0")
+    with pytest.raises(ValueError, match="unknown layer 'bodi'"):
+        train(1, tract_layer="bodi")
     with pytest.raises(ValueError, match="tract must be > 0"):
         TrainerSettings(tract=0.0)
     with pytest.raises(ValueError, match="sophiah reads curvature off gradients"):

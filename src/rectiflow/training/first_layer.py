@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rectiflow.errors import unknown
 from rectiflow.flows.couplings import Draw
 from rectiflow.optim.layer_search import first_layer
 from rectiflow.optim.tract_layers import apply_tract
@@ -15,7 +16,13 @@ from rectiflow.training.method import Method, Phase
 
 
 def train_first_layer(
-    method: Method, phases: Sequence[Phase], lam: float, draw: Draw, *, processes: int = 1
+    method: Method,
+    phases: Sequence[Phase],
+    lam: float,
+    draw: Draw,
+    *,
+    layer: str | None = None,
+    processes: int = 1,
 ) -> str:
     """Let TrAct train the layer of the model's network that sees the data first, in place.
 
@@ -26,6 +33,7 @@ def train_first_layer(
         phases: its phases; the loss of the first that trains the model shows the layer.
         lam: damping.
         draw: a small draw for that.
+        layer: path in the network of another layer to take.
         processes: how many share a batch; with several the inputs' second moment is theirs all.
 
     Returns:
@@ -39,11 +47,15 @@ def train_first_layer(
     losses = [p.loss for p in phases if any(id(w) in own for w in p.module.parameters())]
     if not isinstance(net, nn.Module) or not losses:
         raise ValueError("TrAct trains the first layer of a network, and this model trains none")
-    with torch.random.fork_rng(devices=[]):
-        path = first_layer(net, lambda: losses[0](draw))
+    path = layer
+    if path is None:
+        with torch.random.fork_rng(devices=[]):
+            path = first_layer(net, lambda: losses[0](draw))
+    if path not in dict(net.named_modules()):
+        raise unknown("layer", path, [name for name, _ in net.named_modules() if name])
     if not all(p.requires_grad for p in net.get_submodule(path).parameters()):
         raise ValueError(
-            f"TrAct trains the first layer, and the weights of {path!r} are frozen: leave it out"
+            f"TrAct trains layers, and the weights of {path!r} are frozen: leave it out"
         )
     gram = "allreduce" if processes > 1 else "local"
     return apply_tract(net, lam, layer=path, relative=True, gram=gram)

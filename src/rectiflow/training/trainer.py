@@ -65,6 +65,8 @@ class TrainerSettings:
     tract: float | None = None
     """Train the first layer through its outputs (TrAct), with this damping relative to the inputs'
     mean square; the flag alone means 0.1."""
+    tract_layer: str | None = None
+    """Path in the network of the layer that --tract trains so, in place of the first."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
@@ -85,6 +87,8 @@ class TrainerSettings:
                     f"{self.optim.name} reads curvature off gradients, and --tract changes those "
                     "of the first layer: choose one of them"
                 )
+        elif self.tract_layer is not None:
+            raise ValueError("--tract-layer says which layer --tract takes: add --tract")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -168,7 +172,14 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         if self.settings.tract is not None:
             look = Draw.of(2, seed=self.settings.seed, generator=self.generator)
-            train_first_layer(method, self.phases, self.settings.tract, look, processes=processes)
+            train_first_layer(
+                method,
+                self.phases,
+                self.settings.tract,
+                look,
+                layer=self.settings.tract_layer,
+                processes=processes,
+            )
         if self.settings.compile and isinstance(method.model.net, nn.Module):
             method.model.net.compile()
         self._options = [phase.optimizer or self.settings.optim for phase in self.phases]
