@@ -207,10 +207,10 @@ def both_branches(
     Values without rows cannot differ within a batch; where they do, two calls are made.
     """
     evaluate = getattr(field, view)
-    shared = all(_has_rows(v) or v is null[k] or _same(v, null[k]) for k, v in condition.items())
+    shared = all(has_rows(v) or v is null[k] or _same(v, null[k]) for k, v in condition.items())
     if not (batched and shared):
         return evaluate(x, t, **condition), evaluate(x, t, **null)
-    both = {k: torch.cat([v, null[k]]) if _has_rows(v) else v for k, v in condition.items()}
+    both = {k: torch.cat([v, null[k]]) if has_rows(v) else v for k, v in condition.items()}
     with_condition, without = evaluate(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
     return with_condition, without
 
@@ -280,7 +280,8 @@ def _like(name: str, value: Any, given: Any) -> Any:
     )
 
 
-def _has_rows(value: Any) -> bool:
+def has_rows(value: Any) -> bool:
+    """Whether a part of a condition has a row for each sample."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.errors import unknown
-from rectiflow.flows.guided import VIEWS, Guided, begun, refuse_memory
+from rectiflow.flows.guided import VIEWS, Guided, begun, has_rows, refuse_memory
 from rectiflow.flows.integration import time_grid
 from rectiflow.flows.paths import TINY, expand
 from rectiflow.guidance.apg import SAME_TIME
@@ -167,7 +167,7 @@ class MultiViewField(Guided):
         fields = self._begun or (self.field,) * len(self.views)
         if self.batched and _alike(given):
             together = {
-                name: torch.cat([one[name] for one in given]) if _has_rows(value) else value
+                name: torch.cat([one[name] for one in given]) if has_rows(value) else value
                 for name, value in given[0].items()
             }
             times = t.repeat(len(shown))
@@ -192,7 +192,7 @@ class MultiViewField(Guided):
         turn = self._interval(t) % len(shown)
         place = turn, torch.arange(len(t), device=t.device)
         one = {
-            name: torch.stack([of[name] for of in given])[place] if _has_rows(value) else value
+            name: torch.stack([of[name] for of in given])[place] if has_rows(value) else value
             for name, value in given[0].items()
         }
         said = getattr(self.field, member)(torch.stack(shown)[place], t, **one)
@@ -248,10 +248,6 @@ def _rows(name: str, value: Any, x: Tensor) -> Any:
     return rows
 
 
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
 def _alike(given: Sequence[Mapping[str, Any]]) -> bool:
     """Whether conditions can stand in one batch."""
     first = given[0]
@@ -260,7 +256,7 @@ def _alike(given: Sequence[Mapping[str, Any]]) -> bool:
             return False
         for name, value in one.items():
             other = first[name]
-            if _has_rows(value) and _has_rows(other):
+            if has_rows(value) and has_rows(other):
                 if value.shape != other.shape or value.dtype != other.dtype:
                     return False
             elif isinstance(value, Tensor) or isinstance(other, Tensor) or value != other:

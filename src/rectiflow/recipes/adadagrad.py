@@ -32,7 +32,7 @@ from rectiflow.optim import (
 )
 from rectiflow.recipes.classifier_lab import best_rate
 from rectiflow.recipes.recipe import Check, Result
-from rectiflow.recipes.tools import numbers
+from rectiflow.recipes.tools import numbers, shifted_mean
 from rectiflow.training.data import load
 from rectiflow.training.figures import bands, curves
 from rectiflow.training.progress import bar
@@ -267,11 +267,9 @@ def _train(
     return Trained(float(right.float().mean()), controller.step, tuple(sizes), spent / seconds)
 
 
-def _gap(one: Sequence[Trained], other: Sequence[Trained], errors: float) -> float:
-    """Mean difference of accuracy, seed by seed, plus some of its standard errors."""
-    gaps = [a.accuracy - b.accuracy for a, b in zip(one, other)]
-    spread = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-    return statistics.fmean(gaps) + errors * spread
+def _gaps(one: Sequence[Trained], other: Sequence[Trained]) -> list[float]:
+    """Differences of accuracy, seed by seed."""
+    return [a.accuracy - b.accuracy for a, b in zip(one, other)]
 
 
 def _checks(arms: Mapping[str, Sequence[Trained]], settings: Settings) -> list[Check]:
@@ -282,13 +280,13 @@ def _checks(arms: Mapping[str, Sequence[Trained]], settings: Settings) -> list[C
         Check(
             f"η = {settings.eta:g}: accuracy above a constant batch of its average size, plus one "
             "standard error",
-            (_gap(chosen, arms[AVERAGE], 1),),
+            (shifted_mean(_gaps(chosen, arms[AVERAGE]), 1),),
             at_least=0.0,
         ),
         Check(
             f"η = {settings.eta:g}: accuracy above the largest constant batch, less two standard "
             "errors",
-            (_gap(chosen, arms[_constant(settings.b_max)], -2),),
+            (shifted_mean(_gaps(chosen, arms[_constant(settings.b_max)]), -2),),
             at_least=0.0,
         ),
         Check(

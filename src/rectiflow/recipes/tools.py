@@ -106,3 +106,16 @@ def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
     if error:
         return mean / error
     return math.copysign(math.inf, mean) if mean else math.nan
+
+
+def shifted_mean(values: Sequence[float], errors: float) -> float:
+    """The mean plus so many of its standard errors; a single value as it is.
+
+    Example:
+        >>> round(shifted_mean([1.0, 2.0, 3.0], -2), 4)
+        0.8453
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean
+    return mean + errors * statistics.stdev(values) / len(values) ** 0.5

@@ -30,7 +30,7 @@ from rectiflow.recipes.classifier_lab import (
 from rectiflow.recipes.classifiers import PatchTransformer, strided_cnn
 from rectiflow.recipes.pixel_regression import SAME_RATE, TRACT_RATE, Regression, regress
 from rectiflow.recipes.recipe import Check, Number, Result
-from rectiflow.recipes.tools import numbers
+from rectiflow.recipes.tools import numbers, shifted_mean
 from rectiflow.training.figures import bands, curves
 from rectiflow.training.progress import bar
 from rectiflow.training.report import cell
@@ -198,13 +198,6 @@ def _gains(arms: Mapping[str, Sequence[Trained]], name: str) -> list[float]:
     return [one.accuracy - plain.accuracy for one, plain in zip(arms[name], arms[PLAIN])]
 
 
-def _sure(values: Sequence[float]) -> float:
-    """The mean less two standard errors."""
-    if len(values) == 1:
-        return values[0]
-    return statistics.fmean(values) - 2 * statistics.stdev(values) / len(values) ** 0.5
-
-
 def _numbers(arms: Mapping[str, Mapping[str, Sequence[Trained]]]) -> list[Number]:
     shown = []
     for kind, by_arm in arms.items():
@@ -246,7 +239,7 @@ def _checks(arms: Mapping[str, Sequence[Trained]], found: Regression) -> list[Ch
     return [
         Check(
             f"{CNN}: accuracy gained at λ = 0.1, mean less two standard errors",
-            (_sure(_gains(arms, _name(0.1))),),
+            (shifted_mean(_gains(arms, _name(0.1)), -2),),
             at_least=0.0,
         ),
         Check(
@@ -289,7 +282,8 @@ def _notes(
     gain = _gains(arms[VIT], _name(0.1))
     texts.append(
         f"Under Adam much of the preconditioner's scale cancels: the transformer gains "
-        f"{cell(statistics.fmean(gain))} at λ = 0.1 ({cell(_sure(gain))} less two standard errors)."
+        f"{cell(statistics.fmean(gain))} at λ = 0.1 ({cell(shifted_mean(gain, -2))} less two "
+        "standard errors)."
     )
     return texts
 
