@@ -112,6 +112,27 @@ def test_times_keep_their_precision_for_half_states():
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_fields_that_are_never_finite_end_at_once(bad):
+    field = Counted(lambda x, t: x * bad)
+    with pytest.raises(RuntimeError, match="dopri5 cannot go on at t=0: the velocity is not fin"):
+        integrate(field, torch.ones(2, 1), [0.0, 1.0], "dopri5")
+    assert field.evaluations == 1
+    later = Counted(lambda x, t: torch.where(t[:, None] > 0, x * bad, x))
+    with pytest.raises(RuntimeError, match="dopri5 cannot go on"):
+        integrate(later, torch.ones(2, 1), [0.0, 1.0], "dopri5")
+    assert later.evaluations < 300
+
+
+def test_half_precision_and_no_samples():
+    found = integrate(
+        lambda x, t: -x, torch.ones(2, 1).half(), [0.0, 1.0], DormandPrince(1e-2, 1e-2)
+    )
+    assert found.dtype == torch.float16
+    assert found[0].item() == pytest.approx(math.exp(-1), abs=5e-3)
+    assert integrate(lambda x, t: -x, torch.ones(0, 1), [0.0, 1.0], "dopri5").shape == (0, 1)
+
+
 def test_hopeless_fields_end_with_a_reason():
     x = torch.ones(1, 1)
     with pytest.raises(RuntimeError, match=r"dopri5 cannot go on at t=0\.5"):

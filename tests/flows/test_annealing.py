@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rectiflow.errors import PairStoreError
-from rectiflow.flows import AnnealedPairs, FlowModel, Independent, StoredPairs
+from rectiflow.flows import AnnealedPairs, FlowModel, Independent, PairSymmetry, StoredPairs
 from rectiflow.flows.annealing import Constant, Cosine, Exponential, Linear, parse_schedule
 from rectiflow.flows.couplings import Draw, Pairs, TensorData
 from rectiflow.nets import build
@@ -132,8 +132,9 @@ def test_pairs_that_start_from_data_are_refused(tmp_path):
     flow = FlowModel(lambda x, t: torch.ones_like(x), shape=(2,))
     points = TensorData(torch.randn(16, 2))
     generate_pairs(flow, tmp_path / "a", 8, steps=1, source=points)
-    with pytest.raises(PairStoreError, match="joins data to data"):
-        AnnealedPairs(StoredPairs(tmp_path / "a"))
+    for coupling in (StoredPairs(tmp_path / "a"), PairSymmetry(StoredPairs(tmp_path / "a"))):
+        with pytest.raises(PairStoreError, match="sources of the kind 'data', and annealing mixes"):
+            AnnealedPairs(coupling)
     generate_pairs(flow, tmp_path / "b", 8, steps=1)
     AnnealedPairs(StoredPairs(tmp_path / "b"))
 

@@ -2,10 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from rectiflow.flows import Counted, Field, FlowModel
+from rectiflow.flows import Counted, Field, FlowModel, integrate, sample
 from rectiflow.flows.fields import evaluating
+from rectiflow.flows.metrics import straightness
 from rectiflow.flows.path_registry import PATHS, build
 from rectiflow.flows.paths import PREDICTIONS
+from rectiflow.guidance import APG
+from rectiflow.nets import build as build_net
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))
@@ -80,3 +83,31 @@ def test_counted_counts_and_passes_on():
         found = counted(torch.ones(1, 1), torch.zeros(1), scale=2)
     assert counted.evaluations == 3
     assert found.item() == 2
+
+
+def test_counted_fields_are_what_is_inside():
+    model = FlowModel(lambda x, t, label=None: -x, build("edm"), shape=(2,))
+    counted = Counted(model)
+    assert counted.path is model.path
+    z = torch.randn(4, 2)
+    assert straightness(counted, z, 4).total == straightness(model, z, 4).total
+    with pytest.raises(ValueError, match=r"shape \(batch, 2\)"):
+        integrate(counted, torch.ones(1, 3), 2)
+    assert not hasattr(Counted(lambda x, t: x), "path")
+
+
+def test_counted_fields_remember_as_what_is_inside():
+    net = build_net("mlp", shape=(2,), width=8, depth=1, classes=2, zero=False)
+    guided = APG(FlowModel(net, shape=(2,)), 3.0, momentum=-0.5)
+    counted, label, z = Counted(guided), torch.tensor([0, 1]), torch.ones(2, 2)
+    expected = integrate(guided, z, 4, label=label)
+    assert torch.equal(integrate(counted, z, 4, label=label), expected)
+    assert counted.evaluations == 4
+    with pytest.raises(ValueError, match="dopri5 takes evaluations back"):
+        integrate(counted, z, 4, "dopri5", label=label)
+
+
+def test_sampling_that_is_told_in_part_is_completed():
+    model = FlowModel(lambda x, t: -x, shape=(1,), sampling={"solver": "heun"})
+    assert model.sampling == {"solver": "heun", "steps": 50}
+    assert sample(model, 2).shape == (2, 1)

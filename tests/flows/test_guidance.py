@@ -113,6 +113,11 @@ def test_skipping_layers_pushes_away_from_the_weaker_net_between_two_times():
     assert net.calls == [6, 3], "three evaluations, not four"
 
 
+def test_skipping_with_guidance_needs_a_condition():
+    with pytest.raises(ValueError, match="needs a condition to guide toward"):
+        integrate(SkipLayers(FlowModel(Net()), (0,), guidance=4.0), X, 2)
+
+
 def test_no_layers_or_times_outside_cost_and_change_nothing():
     for settings in ({"layers": ()}, {"start": 0.95, "stop": 1.0}, {"scale": 0.0}):
         net = Net()

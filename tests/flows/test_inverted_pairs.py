@@ -5,6 +5,7 @@ from rectiflow.flows import FlowModel, GaussianField, InvertedPairs, integrate, 
 from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.inverted_pairs import falling_times, invert
+from rectiflow.flows.schedules import SchedulePath
 
 
 def gaussian(path=None):
@@ -71,6 +72,16 @@ def test_sources_of_other_paths_have_unit_scale():
     # 1200 values: three standard errors of mean and spread, and the path's remnant of data.
     assert abs(pairs.source.mean().item()) < 0.1
     assert pairs.source.std().item() == pytest.approx(1, abs=0.07)
+
+
+def test_inverted_sources_start_where_the_inversion_ended():
+    path = SchedulePath("scaled_linear", 0.00085, 0.012)
+    still = FlowModel(lambda x, t: torch.zeros_like(x), path, shape=(2,))
+    target = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    found = invert(still, target, torch.zeros_like(target), steps=4, noise=1e-3)
+    first = torch.full((4,), 1 - 1e-3, dtype=target.dtype)
+    start = path.interpolate(torch.zeros_like(target), target, first)
+    torch.testing.assert_close(path.start(found), start)
 
 
 def test_times():

@@ -78,6 +78,15 @@ def test_conversions_stay_finite_at_the_ends(name, dtype):
         assert found.dtype == dtype
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_a_vanishing_speed_still_tells_the_data(power):
+    path, data, noise = PacedPath(power), numbers(3, 2), numbers(3, 2, seed=1)
+    t = torch.tensor([0.9, 0.99, 1.0], dtype=torch.float64)
+    x, output = path.interpolate(noise, data, t), path.velocity(noise, data, t)
+    found = path.convert(output, x, t, given="velocity", wanted="data")
+    torch.testing.assert_close(found, data, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_score_is_the_gradient_of_the_log_density(name):
     field = GaussianField(numbers(3), numbers(3, seed=1).exp(), build(name))
@@ -95,6 +104,20 @@ def test_start_is_the_path_without_its_target(name):
     path, source = build(name), numbers(4, 2)
     wanted = path.interpolate(source, torch.zeros_like(source), torch.zeros(4).double())
     torch.testing.assert_close(path.start(source), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sources_come_back_from_their_start(name):
+    path, source = build(name), numbers(4, 2)
+    torch.testing.assert_close(path.source_of(path.start(source)), source)
+
+
+def test_starts_in_half_precision_have_the_scale_of_the_path():
+    for path in (EDMPath(), build("ve")):
+        scale = float(path.sigma(torch.zeros(())))
+        found = path.start(torch.ones(1, 1, dtype=torch.bfloat16))
+        assert found.dtype == torch.bfloat16
+        assert found.item() == pytest.approx(scale, rel=2e-3)
 
 
 def test_conversions_keep_the_dtype_of_the_state():

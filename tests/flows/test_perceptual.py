@@ -218,3 +218,13 @@ def test_features_see_the_estimate_of_other_predictions():
     base = regression(output)
     given = Regression(output, base.target, base.x, base.t, base.target, model.path, "data")
     torch.testing.assert_close(Perceptual(Squared())(given), squared(output, base.target))
+
+
+def test_huber_is_that_of_velocities_whatever_is_predicted():
+    output = random(3, 4)
+    base = regression(output)
+    path = base.path
+    as_data = path.convert(output, base.x, base.t, given="velocity", wanted="data")
+    given = Regression(as_data, base.target, base.x, base.t, base.target, path, "data")
+    loss = PerceptualHuber(Squared(), c=0.3)
+    torch.testing.assert_close(loss(given), loss(base), rtol=1e-4, atol=1e-5)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from rectiflow.flows import FlowModel, PairedGaussian, PhasedPairs, integrate
-from rectiflow.flows.couplings import Draw, TensorData
+from rectiflow.flows.couplings import Draw, Independent, TensorData
 from rectiflow.flows.diffusion_paths import CosinePath, EDMPath, VariancePreservingPath
 from rectiflow.flows.fields import Counted
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.schedules import SchedulePath
+from rectiflow.guidance import APG
 from rectiflow.nets import build
 
 SD = SchedulePath("scaled_linear", 0.00085, 0.012)
@@ -111,6 +112,22 @@ def test_labels_reach_the_teacher_and_guidance_replaces_it():
     assert torch.equal(seen[0], plain.condition["label"])
     assert not torch.allclose(plain.target, other.target)
     assert not plain.target.requires_grad
+
+
+def test_guidance_keeps_its_momentum_along_a_phase():
+    net = build("mlp", shape=(3,), width=8, depth=1, classes=4, zero=False)
+    model = FlowModel(net, CosinePath(), shape=(3,))
+    labels = TensorData(data().float(), {"label": torch.arange(64) % 4})
+    made = {}
+    for momentum in (0.0, -0.5):
+        guided = APG(model, 3.0, momentum=momentum)
+        pairs = PhasedPairs(model, labels, phases=1, steps=4, guided=guided).draw(Draw.of(8))
+        first = Independent(labels).draw(Draw.of(8))
+        start = CosinePath().interpolate(first.source, first.target, torch.zeros(8))
+        end = integrate(guided, start, 4, "first-order", **first.condition)
+        torch.testing.assert_close(pairs.target, end, rtol=1e-4, atol=1e-4)
+        made[momentum] = pairs.target
+    assert not torch.allclose(made[0.0], made[-0.5])
 
 
 def test_published_grid_of_a_schedule():

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from rectiflow.flows import FlowModel, Renoise, integrate, sample
+from rectiflow.distill import generate_pairs
+from rectiflow.flows import FlowModel, LivePairs, Renoise, integrate, sample
 from rectiflow.flows.analytic import GaussianField
 from rectiflow.flows.mixture import MixtureField
 from rectiflow.flows.path_registry import build
+from rectiflow.flows.solvers import fresh_noise
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,3 +100,20 @@ def test_mixture_refuses_shares_that_do_not_fit():
     with pytest.raises(ValueError, match="must be > 0"):
         MixtureField(torch.zeros(2, 2), torch.tensor([1.0, 0.0]), 1.0)
     assert math.isfinite(MixtureField(torch.zeros(2, 2), torch.ones(2), 1.0).std)
+
+
+def test_noise_is_drawn_where_the_generator_is():
+    x = torch.zeros(2, 3, dtype=torch.bfloat16)
+    found = fresh_noise(x, torch.Generator().manual_seed(3))
+    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    assert torch.equal(found, expected)
+    assert found.dtype == x.dtype
+
+
+@pytest.mark.parametrize("solver", ["sde", "renoise", Renoise(build("rectified"))])
+def test_random_solvers_make_no_pairs(solver, tmp_path):
+    model = FlowModel(lambda x, t: -x, shape=(2,))
+    with pytest.raises(ValueError, match="take an ODE solver"):
+        LivePairs(model, solver=solver)
+    with pytest.raises(ValueError, match="take an ODE solver"):
+        generate_pairs(model, tmp_path / "pairs", 4, solver=solver, gate=None)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rectiflow.flows import FlowModel, PairSymmetry, Symmetrized, integrate
+from rectiflow.flows import (
+    ClassifierFreeGuidance,
+    FlowModel,
+    PairSymmetry,
+    Symmetrized,
+    integrate,
+)
 from rectiflow.flows.couplings import Draw, Pairs
 from rectiflow.flows.symmetry import hflip
 from rectiflow.nets import build
@@ -88,3 +94,15 @@ def test_wrong_symmetries():
         PairSymmetry(Fixed(), "vflip")
     with pytest.raises(ValueError, match=r"only images .* can be mirrored, got shape \(2, 3\)"):
         hflip(torch.zeros(2, 3))
+
+
+def test_conditions_show_through_a_symmetrised_network():
+    inner = build("mlp", shape=(1, 4, 4), width=8, depth=1, classes=3, zero=False)
+    model = FlowModel(Symmetrized(inner), shape=(1, 4, 4))
+    assert (model.classes, model.conditional) == (3, True)
+    assert not FlowModel(Symmetrized(net()), shape=(1, 4, 4)).conditional
+    assert model.null_condition(label=torch.tensor([1]))["label"].tolist() == [3]
+    with pytest.raises(ValueError, match="label"):
+        integrate(model, torch.zeros(1, 1, 4, 4), 1, label=torch.tensor([7]))
+    guided = ClassifierFreeGuidance(model, 2.0)
+    assert integrate(guided, torch.ones(1, 1, 4, 4), 1, label=torch.tensor([1])).isfinite().all()

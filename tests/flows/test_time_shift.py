@@ -82,6 +82,9 @@ def test_training_times_are_the_shifted_times_of_the_inner_sampler():
     assert torch.equal(shifted, shift_times(plain, 3.0))
     assert set(shifted.tolist()) == {0.0, 0.25, 1.0}
     assert TimeShift(2.0) == TimeShift(2.0, Uniform())
+    # Probabilities, which no slope stretches.
+    density = TimeShift(3.0, inner).density(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    torch.testing.assert_close(density, torch.tensor([1 / 3, 1 / 3, 0.0, 1 / 3]))
 
 
 def test_bad_settings_are_refused():

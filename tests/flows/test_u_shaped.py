@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy import stats
 
-from rectiflow.flows import FlowModel, Independent, LivePairs, MinibatchOT, UShaped
+from rectiflow.flows import (
+    FlowModel,
+    Independent,
+    LivePairs,
+    MinibatchOT,
+    PairSymmetry,
+    UShaped,
+)
 from rectiflow.flows.times import TimeSampler, Uniform
 from rectiflow.training import FlowMatching
 
@@ -97,7 +104,8 @@ def test_bad_numbers_are_refused():
 
 def test_independent_pairs_make_a_method_warn():
     model, data = FlowModel(lambda x, t: x, shape=(2,)), torch.zeros(8, 2)
-    for coupling in (Independent(data), MinibatchOT(Independent(data))):
+    flipped = PairSymmetry(MinibatchOT(Independent(data)))
+    for coupling in (Independent(data), MinibatchOT(Independent(data)), flipped):
         with pytest.warns(UserWarning, match="U-shaped times are for pairs made by a flow"):
             FlowMatching(model, coupling, times=UShaped())
     with warnings.catch_warnings():

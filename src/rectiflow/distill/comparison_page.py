@@ -252,7 +252,9 @@ def _samples(
         own = entry.model.sampling["solver"] == "euler"
         if not own or own_steps(entry.model) not in (counts[0], counts[-1]):
             title = f"{entry.title}, as made ({describe_sampling(entry.model)})"
-            panels[title] = evaluator.images(sample(entry.model, source=source[:SHOWN], **first))
+            generator = evaluator.randomness()
+            shown = sample(entry.model, source=source[:SHOWN], generator=generator, **first)
+            panels[title] = evaluator.images(shown)
     picture = compare_samples(
         panels, run.path("samples.png"), title="The same noises through every model"
     )

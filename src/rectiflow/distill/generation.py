@@ -21,8 +21,7 @@ from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import integrate, time_grid
 from rectiflow.flows.pair_format import DTYPES, STORE, PairSettings, shard_file
 from rectiflow.flows.pair_store import PairStore
-from rectiflow.flows.solvers import resolve
-from rectiflow.flows.stochastic import StochasticEuler
+from rectiflow.flows.solvers import refuse_noise
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -244,8 +243,7 @@ def _check_arguments(
         raise ValueError(
             "overwrite=True would delete shards of the other processes: delete the folder first"
         )
-    if isinstance(resolve(solver), StochasticEuler):
-        raise ValueError("pairs need an ODE solver (euler, heun, midpoint, rk4, dopri5), got sde")
+    refuse_noise(solver, "pairs join a noise to the one sample a teacher makes of it")
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype != torch.float32:
             raise ValueError(

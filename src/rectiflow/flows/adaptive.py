@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from rectiflow.errors import positive
 from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.solvers import RungeKutta, combine
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +102,8 @@ class DormandPrince:
         direction = 1.0 if stop > start else -1.0
         times = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         slope = velocity(x, torch.full_like(times, start)) if slope is None else slope
+        if not x.numel():
+            return x, abs(stop - start), slope
         dt = self._first_step(velocity, x, slope, start, stop) if dt is None else dt
         t, rejected = start, False
         for _ in range(self.max_steps):
@@ -127,17 +131,15 @@ class DormandPrince:
                 dt = size * (max(0.2, 0.9 * error**-0.2) if error == error else 0.1)
                 rejected = True
                 if dt < 1e-12:
-                    raise RuntimeError(
-                        f"dopri5 cannot go on at t={t:.6g}: the velocity is not finite or changes "
-                        "too fast there; integrate over a shorter range of times"
-                    )
+                    raise _stuck(t)
         raise RuntimeError(
             f"dopri5 used {self.max_steps} steps between t={start:.6g} and t={stop:.6g}: "
             "loosen rtol and atol or raise max_steps"
         )
 
     def _scaled(self, error: Tensor, before: Tensor, after: Tensor) -> float:
-        error, before, after = error.detach(), before.detach(), after.detach()
+        # Squares of half-precision states over their tolerances overflow.
+        error, before, after = (wide(value.detach()) for value in (error, before, after))
         scale = self.atol + self.rtol * torch.maximum(before.abs(), after.abs())
         return float((error / scale).square().mean().sqrt())
 
@@ -151,6 +153,8 @@ class DormandPrince:
     ) -> float:
         size = self._scaled(x, x, x)
         speed = self._scaled(slope, x, x)
+        if not math.isfinite(size + speed):
+            raise _stuck(start)
         trial = 1e-6 if min(size, speed) < 1e-5 else 0.01 * size / speed
         # A slow field suggests a trial beyond the interval, where it need not be defined.
         trial = min(trial, abs(stop - start))
@@ -159,6 +163,16 @@ class DormandPrince:
         t = x.new_full((x.shape[0],), start + direction * trial, dtype=dtype)
         after = velocity(torch.add(x, slope, alpha=direction * trial), t)
         bend = self._scaled(after - slope, x, x) / trial
+        if not math.isfinite(bend):
+            return trial * 1e-3
         greatest = max(speed, bend)
         guess = max(1e-6, trial * 1e-3) if greatest <= 1e-15 else (0.01 / greatest) ** 0.2
         return min(100 * trial, guess)
+
+
+def _stuck(t: float) -> RuntimeError:
+    """What to raise where no step is small enough."""
+    return RuntimeError(
+        f"dopri5 cannot go on at t={t:.6g}: the velocity is not finite or changes too fast there; "
+        "integrate over a shorter range of times"
+    )

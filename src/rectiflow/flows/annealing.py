@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rectiflow.errors import PairStoreError, positive, unknown
-from rectiflow.flows.couplings import Coupling, Draw, Pairs
+from rectiflow.flows.couplings import Coupling, Draw, Pairs, innermost
 from rectiflow.flows.pair_store import PairStore
 
 
@@ -187,11 +187,11 @@ class AnnealedPairs:
     schedule: Schedule = field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        store = getattr(self.coupling, "store", None)
+        store = getattr(innermost(self.coupling), "store", None)
         if isinstance(store, PairStore) and store.settings.source != "normal":
             raise PairStoreError(
-                f"{store.folder} joins data to data, and annealing mixes the source with noise: "
-                "use pairs that start from noise"
+                f"{store.folder} has sources of the kind {store.settings.source!r}, and annealing "
+                "mixes the source with fresh noise: use pairs that start from drawn noise"
             )
 
     def draw(self, draw: Draw) -> Pairs:

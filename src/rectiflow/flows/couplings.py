@@ -20,6 +20,7 @@ from rectiflow.errors import PairStoreError, require
 from rectiflow.flows.fields import FlowModel, evaluating
 from rectiflow.flows.integration import integrate
 from rectiflow.flows.pair_store import PairStore
+from rectiflow.flows.solvers import refuse_noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -331,6 +332,13 @@ class StoredPairs:
         )
 
 
+def innermost(coupling: Any) -> Any:
+    """The coupling inside all that are around it."""
+    while (inner := getattr(coupling, "coupling", None)) is not None:
+        coupling = inner
+    return coupling
+
+
 @dataclass(frozen=True)
 class LivePairs:
     """Pairs made while training: fresh noise, and where a teacher carries it.
@@ -340,7 +348,7 @@ class LivePairs:
     Args:
         teacher: the model to follow; never trained here.
         steps: its number of steps.
-        solver: its solver.
+        solver: its solver; no stochastic one.
         labels: data whose conditions the pairs take; none for an unconditional teacher.
         guided: a field around the teacher (guidance) to follow instead of the teacher itself.
 
@@ -353,6 +361,9 @@ class LivePairs:
     solver: Any = "euler"
     labels: Data | None = None
     guided: Any = None
+
+    def __post_init__(self) -> None:
+        refuse_noise(self.solver, "pairs join a noise to the one sample a teacher makes of it")
 
     def draw(self, draw: Draw) -> Pairs:
         if self.teacher.shape is None:

@@ -36,7 +36,7 @@ class DataPseudoHuber:
         positive("c", self.c)
 
     def __call__(self, regression: Regression) -> Float[Tensor, " b"]:
-        return element_huber(_difference(regression, "data"), self.c)
+        return element_huber(implied_error(regression, "data"), self.c)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class NoiseL2:
     """
 
     def __call__(self, regression: Regression) -> Float[Tensor, " b"]:
-        return _difference(regression, "noise").square().flatten(1).mean(1)
+        return implied_error(regression, "noise").square().flatten(1).mean(1)
 
 
 def element_huber(difference: Float[Tensor, "b *dims"], c: float) -> Float[Tensor, " b"]:
@@ -65,7 +65,7 @@ def element_huber(difference: Float[Tensor, "b *dims"], c: float) -> Float[Tenso
     return (squared / ((squared + c * c).sqrt() + c)).flatten(1).mean(1)
 
 
-def _difference(regression: Regression, wanted: str) -> Tensor:
+def implied_error(regression: Regression, wanted: str) -> Tensor:
     """The error in another prediction than the network's own.
 
     Conversions are linear in output and state together; the state is the same for both sides, so

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Velocity = Callable[..., Any]
+SHOWN = ("path", "shape", "check", "remembers", "conditional")
+"""What of a field shows through one that counts its evaluations."""
 
 
 @runtime_checkable
@@ -93,7 +95,7 @@ class FlowModel(nn.Module):
         self.path = path if path is not None else RectifiedPath()
         self.prediction = prediction
         self.shape = tuple(shape) if shape is not None else None
-        self.sampling = dict(sampling or {"solver": "euler", "steps": 50})
+        self.sampling = {"solver": "euler", "steps": 50, **(sampling or {})}
         self.data = dict(data or {})
         self.lineage = [dict(entry) for entry in lineage]
 
@@ -174,6 +176,9 @@ class FlowModel(nn.Module):
     ) -> FlowModel:
         """Read a model folder, or a model of that name on the Hub.
 
+        Weights are read into the network's own types, which are float32 for networks built here:
+        what was saved in half or double precision is converted.
+
         Args:
             source: a folder, or `owner/name` on the Hub.
             net: the network to load weights into, for networks that rectiflow did not build.
@@ -223,6 +228,8 @@ def evaluating(field: Any, device: torch.device | None = None) -> Iterator[None]
 class Counted:
     """A field that counts its evaluations, to compare adaptive with fixed-step solvers.
 
+    What else the field has (its path, its checks, its memory) shows through.
+
     Example:
         >>> import torch
         >>> field = Counted(lambda x, t: -x)
@@ -230,9 +237,22 @@ class Counted:
         1
     """
 
-    field: Field | Velocity
+    field: Any
     evaluations: int = 0
+    around: Counted | None = None
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         self.evaluations += 1
+        if self.around is not None:
+            self.around.evaluations += 1
         return velocity_of(self.field)(x, t, **condition)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SHOWN:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self.__dict__["field"], name)
+
+    def begin(self) -> Counted:
+        """The field for one trajectory, counted here too."""
+        begin = getattr(self.field, "begin", None)
+        return self if begin is None else Counted(begin(), around=self)

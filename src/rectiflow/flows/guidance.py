@@ -163,6 +163,10 @@ class SkipLayers(Guided):
             )
         object.__setattr__(self, "layers", tuple(self.layers))
 
+    def check(self, x: Tensor, **condition: Any) -> None:
+        """Raise ValueError if there is nothing to guide, or the field inside refuses."""
+        ClassifierFreeGuidance(self.field, self.guidance).check(x, **condition)
+
     def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
         inside = (t > self.start) & (t < self.stop)
         if not self.layers or not self.scale or surely_none(inside):

@@ -11,6 +11,7 @@ import torch
 from rectiflow.flows.couplings import Data, Draw, Pairs, draw_data
 from rectiflow.flows.fields import FlowModel, evaluating
 from rectiflow.flows.integration import integrate, time_grid
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -94,11 +95,11 @@ def invert(
         **condition: one row a sample for tensors.
     """
     times = falling_times(steps, noise)
-    first = target.new_full((len(target),), times[0])
-    start = model.path.interpolate(fresh, target, first)
+    first = wide(target).new_full((len(target),), times[0])
+    start = model.path.interpolate(fresh, target, first).to(target.dtype)
     with evaluating(model):
         end = integrate(field if field is not None else model, start, times, solver, **condition)
-    return end / model.path.sigma(end.new_zeros(()))
+    return model.path.source_of(end)
 
 
 def falling_times(steps: int | Sequence[float], noise: float) -> list[float]:

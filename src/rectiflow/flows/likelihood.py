@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.fields import Field, Velocity, evaluating, velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import check_inputs, integrate, time_grid
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.sampling import condition_rows
@@ -76,12 +77,13 @@ def log_likelihood(
     positive("probes", probes)
     positive("batch_size", batch_size)
     check_inputs(field, x, condition)
+    refuse_memory(field, "a likelihood evaluates the field in an order of its own")
     grid = sorted(time_grid(times), reverse=True)
     if grid[-1] != 0:
         raise ValueError(f"likelihoods need times that reach 0, got {grid[-1]:g} to {grid[0]:g}")
     signs = _signs(x, probes, generator) if divergence == "hutchinson" else None
     path = getattr(field, "path", None) or RectifiedPath()
-    spread = path.sigma(x.new_zeros(()))
+    spread = path.start_scale(x)
     parts = []
     with evaluating(field):
         for begin in range(0, len(x), batch_size):

@@ -17,6 +17,7 @@ from rectiflow.flows.first_order_gap import first_order_gap as first_order_gap
 from rectiflow.flows.integration import Step, integrate, time_grid, uniform_times
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.sampling import condition_rows
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -310,7 +311,7 @@ def velocity_loss(
             here, there = source[part], target[part]
             rows = condition_rows(condition, part, len(source))
             for middle in middles:
-                t = here.new_full((len(here),), middle)
+                t = wide(here).new_full((len(here),), middle)
                 x = path.interpolate(here, there, t)
                 wrong = velocity_of(field)(x, t, **rows) - path.velocity(here, there, t)
                 total += wrong.double().square().sum()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from rectiflow.errors import unknown
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -84,7 +85,17 @@ class Path(ABC):
 
     def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
         """The state at t = 0 for a source alone: `sigma(0) source`."""
-        return source * self.sigma(source.new_zeros(()))
+        return source * self.start_scale(source)
+
+    def source_of(self, state: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
+        """The source that `start` turns into a state at t = 0."""
+        return state / self.start_scale(state)
+
+    def start_scale(self, like: Tensor) -> Float[Tensor, ""]:
+        """The standard deviation of states at t = 0 for a standard normal source."""
+        # Large scales are raised to powers, which half precision would round.
+        zero = torch.zeros((), dtype=wide(like).dtype, device=like.device)
+        return self.sigma(zero).to(like.dtype)
 
     def target_of(
         self,
@@ -234,3 +245,18 @@ class PacedPath(Path):
 
     def dsigma(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return -self.dalpha(t)
+
+    def _convert(self, output: Tensor, x: Tensor, t: Tensor, given: str, wanted: str) -> Tensor:
+        if given != "velocity":
+            return super()._convert(output, x, t, given, wanted)
+        # The speed vanishes at the data, where two equations would divide by nothing.
+        data = x + (1 - t) / self.power * output
+        if wanted == "data":
+            return data
+        alpha = self.alpha(t)
+        noise = x - alpha / guard(self.dalpha(t)) * output
+        if wanted == "noise":
+            return noise
+        if wanted == "score":
+            return -noise / guard(self.sigma(t))
+        return alpha * noise - self.sigma(t) * data

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rectiflow.errors import positive, require
+from rectiflow.flows.data_premetrics import implied_error
 from rectiflow.flows.fields import evaluating
 from rectiflow.flows.paths import TINY
-from rectiflow.flows.premetrics import PseudoHuber, Regression
+from rectiflow.flows.premetrics import Regression, vector_huber
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -199,4 +200,5 @@ class PerceptualHuber:
         distance = Perceptual(self.features)(regression)
         if self.inverse_time:
             distance = distance / noise.clamp(min=TINY)
-        return (1 - noise) * PseudoHuber(self.c)(regression) + distance
+        huber = vector_huber(implied_error(regression, "velocity"), self.c)
+        return (1 - noise) * huber + distance

@@ -12,6 +12,7 @@ from rectiflow.errors import positive
 from rectiflow.flows.couplings import Data, Draw, Independent, Pairs
 from rectiflow.flows.fields import FlowModel, evaluating, velocity_of
 from rectiflow.flows.first_order import ends_through, first_order_jump
+from rectiflow.flows.guided import begun
 from rectiflow.flows.integration import time_grid
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class PhasedPairs:
         first = (phase * each).to(x.device)
         begin, end = grid[first], grid[first + each]
         start = x = path.interpolate(pairs.source, x, begin).to(x.dtype)
-        velocity = velocity_of(self.guided if self.guided is not None else self.teacher)
+        velocity = velocity_of(begun(self.guided if self.guided is not None else self.teacher))
         with torch.no_grad(), evaluating(self.teacher, start.device):
             for step in range(each):
                 t, s = grid[first + step], grid[first + step + 1]

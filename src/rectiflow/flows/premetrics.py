@@ -91,12 +91,22 @@ class PseudoHuber:
             positive("c", self.c)
 
     def __call__(self, regression: Regression) -> Float[Tensor, " b"]:
-        flat = regression.difference.flatten(1)
-        dimensions = flat.shape[1]
-        c = self.c if self.c is not None else 0.00054 * dimensions
-        squared = flat.square().sum(1)
-        # The difference of the two roots, written so that it does not cancel for small vectors.
-        return squared / ((squared + c * c).sqrt() + c) / dimensions
+        return vector_huber(regression.difference, self.c)
+
+
+def vector_huber(difference: Float[Tensor, "b *dims"], c: float | None) -> Float[Tensor, " b"]:
+    """`(sqrt(|d|² + c²) - c) / n` for the vector d of each sample; see `PseudoHuber`.
+
+    Example:
+        >>> vector_huber(torch.tensor([[0.0, 4.0]]), 3.0)
+        tensor([1.])
+    """
+    flat = difference.flatten(1)
+    dimensions = flat.shape[1]
+    c = c if c is not None else 0.00054 * dimensions
+    squared = flat.square().sum(1)
+    # The difference of the two roots, written so that it does not cancel for small vectors.
+    return squared / ((squared + c * c).sqrt() + c) / dimensions
 
 
 @dataclass(frozen=True)

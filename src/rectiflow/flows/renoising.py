@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from rectiflow.flows.paths import Path, expand
+from rectiflow.flows.solvers import fresh_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ class Renoise:
     path: Path | None = None
     nodes: tuple[float, ...] = (0.0, 1.0)
     order: int = 1
+    stochastic: ClassVar[bool] = True
 
     def bind(self, field: Any) -> Renoise:
         path = self.path or getattr(field, "path", None)
@@ -70,7 +72,7 @@ class Renoise:
         t, after = times
         v = velocity(x, t)
         data = self.path.convert(v, x, t, given="velocity", wanted="data")
-        fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        fresh = fresh_noise(x, generator)
         renoised = self.path.interpolate(fresh, data, after)
         # Paths that never quite reach the data would leave a trace of noise in the samples.
         return torch.where(expand(after, x) >= 1, data, renoised).to(x.dtype), v

@@ -106,6 +106,20 @@ def combine(
     return x
 
 
+def refuse_noise(solver: Any, reason: str) -> None:
+    """Raise ValueError for a solver whose steps are random, where that cannot be right."""
+    if getattr(resolve(solver), "stochastic", False):
+        named = solver if isinstance(solver, str) else type(solver).__name__
+        raise ValueError(f"{reason}: take an ODE solver (euler, heun, rk4, dopri5), not {named}")
+
+
+def fresh_noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers like x, drawn on the generator's own device."""
+    device = x.device if generator is None else generator.device
+    drawn = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    return drawn.to(x.device, non_blocking=True)
+
+
 EULER = RungeKutta(nodes=(0.0,), matrix=((),), weights=(1.0,), order=1)
 MIDPOINT = RungeKutta(nodes=(0.0, 0.5), matrix=((), (0.5,)), weights=(0.0, 1.0), order=2)
 HEUN = RungeKutta(nodes=(0.0, 1.0), matrix=((), (1.0,)), weights=(0.5, 0.5), order=2)

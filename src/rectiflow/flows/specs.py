@@ -46,6 +46,7 @@ TIMES: dict[str, Spec] = {
 }
 PREMETRICS: dict[str, Spec] = {
     "l2": Spec("L2"),
+    "root-mean-square": Spec("RootMeanSquare"),
     "pseudo-huber": Spec("PseudoHuber", "c"),
     "noise-l2": Spec("NoiseL2"),
     "data-pseudo-huber": Spec("DataPseudoHuber", "c"),
@@ -57,7 +58,7 @@ def names(table: Mapping[str, Spec]) -> list[str]:
 
     Example:
         >>> names(PREMETRICS)[:2]
-        ['l2', 'pseudo-huber']
+        ['l2', 'root-mean-square']
     """
     return [word for word, spec in table.items() if spec.made is not None]
 
@@ -67,7 +68,7 @@ def parse_times(text: str) -> TimeSampler:
 
     Args:
         text: `uniform`, `uniform:LOW:HIGH`, `discrete:T:T`, `u-shaped:A`, `logit-normal:MEAN:STD`,
-            `mode:SCALE`, `cosmap`; numbers left out take their defaults.
+            `mode:SCALE`, `cosmap`, `toward-noise`; numbers left out take their defaults.
 
     Raises:
         ValueError: an unknown word, or numbers that do not belong to it.
@@ -80,7 +81,7 @@ def parse_times(text: str) -> TimeSampler:
 
 
 def parse_premetric(text: str) -> Premetric:
-    """The premetric of a word: `l2`, `pseudo-huber` or `pseudo-huber:C`.
+    """The premetric of a word: `l2`, `root-mean-square`, `pseudo-huber` or `pseudo-huber:C`.
 
     Raises:
         ValueError: an unknown word, or numbers that do not belong to it.

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from rectiflow.errors import positive
 from rectiflow.flows.paths import Path, expand
+from rectiflow.flows.solvers import fresh_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,7 @@ class StochasticEuler:
     path: Path | None = None
     nodes: tuple[float, ...] = (0.0,)
     order: int = 1
+    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("scale", self.scale, zero=True)
@@ -70,7 +72,7 @@ class StochasticEuler:
         (t,) = times
         v = velocity(x, t)
         mean, std = self.moments(v, x, t, dt)
-        fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        fresh = fresh_noise(x, generator)
         # Times are float32 at least; the state keeps its own dtype.
         return (mean + std * fresh).to(x.dtype), v
 

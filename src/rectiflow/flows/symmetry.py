@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rectiflow.errors import unknown
 from rectiflow.flows.couplings import Coupling, Draw, Pairs
+from rectiflow.nets.base import null_condition_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -109,6 +110,26 @@ class Symmetrized(nn.Module):
         super().__init__()
         self.net = net
         self.transform = resolve(transform)
+
+    @property
+    def classes(self) -> int:
+        """The number of class labels that the network inside takes."""
+        return int(getattr(self.net, "classes", 0))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network inside takes a condition."""
+        return self.classes > 0 or bool(getattr(self.net, "conditional", False))
+
+    def null_condition(self, **condition: Any) -> dict[str, Any]:
+        """What stands for "no condition" in the network inside."""
+        return null_condition_of(self.net, condition)
+
+    def check(self, x: Tensor, **condition: Any) -> None:
+        """Raise ValueError if the network inside does not take these states and this condition."""
+        known = getattr(self.net, "check", None)
+        if known is not None:
+            known(x, **condition)
 
     def forward(
         self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"], **condition: Any

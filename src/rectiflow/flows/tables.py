@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -73,9 +74,9 @@ class DiscretePath(Path):
         """The times of the indices, each as likely as any other."""
         return Discrete(tuple(self.time(torch.arange(self.count)).tolist()))
 
-    def start(self, source: Float[Tensor, "b *dims"]) -> Float[Tensor, "b *dims"]:
-        """The state at t = 0 for a source alone: the source, at the variance of the path."""
-        return source
+    def start_scale(self, like: Tensor) -> Float[Tensor, ""]:
+        """One: sampling starts from noise alone, at the variance of the path."""
+        return like.new_ones(())
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,7 @@ class TablePath(DiscretePath):
         return -torch.sigmoid(-2 * ratio).sqrt() * torch.sigmoid(2 * ratio) * slope
 
     def _table(self, like: Tensor) -> Tensor:
-        table: Tensor = self._log_snr  # type: ignore[attr-defined]
-        return table.to(like.device, like.dtype)
+        return _log_snr_on(self, like.device, like.dtype)
 
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The log ratio and its derivative in t."""
@@ -158,3 +158,11 @@ class TablePath(DiscretePath):
         low = place.detach().floor().clamp(0, self.count - 1).long()
         rise = table[low + 1] - table[low]
         return table[low] + (place - low) * rise, -self.count * rise
+
+
+@lru_cache(maxsize=32)
+def _log_snr_on(path: TablePath, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A path's log ratios, moved once."""
+    table: Tensor = path._log_snr  # type: ignore[attr-defined]
+    with torch.inference_mode(False):
+        return table.to(device, dtype)

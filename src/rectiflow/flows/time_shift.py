@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.errors import positive
-from rectiflow.flows.times import TimeSampler, Uniform
+from rectiflow.flows.times import Discrete, TimeSampler, Uniform
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -126,9 +126,11 @@ class TimeShift:
         return shift_times(self.times.sample(count, generator=generator), self.alpha)
 
     def density(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        inner = self.times.density(shift_times(t, 1 / self.alpha))
+        if isinstance(self.times, Discrete):
+            return inner
         # The slope of the inverse shift.
-        slope = self.alpha / (1 + (self.alpha - 1) * t).square()
-        return self.times.density(shift_times(t, 1 / self.alpha)) * slope
+        return inner * self.alpha / (1 + (self.alpha - 1) * t).square()
 
     def cdf(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """The probability of a time up to `t`, where the sampler inside knows its own."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.flows.couplings import Independent, MinibatchOT
+from rectiflow.flows.couplings import Independent, innermost
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,9 +86,7 @@ class UShaped:
 
 def warn_if_independent(times: Any, coupling: Any) -> None:
     """Warn when U-shaped times meet pairs that no flow has made."""
-    while isinstance(coupling, MinibatchOT):
-        coupling = coupling.coupling
-    if isinstance(times, UShaped) and isinstance(coupling, Independent):
+    if isinstance(times, UShaped) and isinstance(innermost(coupling), Independent):
         warnings.warn(
             "U-shaped times are for pairs made by a flow: on independent pairs the loss does not "
             "sit at the ends, use Uniform or LogitNormal there",

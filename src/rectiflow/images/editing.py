@@ -246,7 +246,7 @@ class RFEdit:
             made = self._follow(
                 start, grid, target, self.guidance, bank, "replay", progress, len(grid) - 1
             )
-        noise = state / self.model.path.sigma(state.new_zeros(()))
+        noise = self.model.path.source_of(state)
         return Edit(made, noise, 0 if bank is None else bank.bytes)
 
     def _follow(

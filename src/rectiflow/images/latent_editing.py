@@ -163,7 +163,7 @@ def vary(
 
 def _scale(model: Field, x: Tensor) -> Tensor:
     """The standard deviation of the state at t = 0 for standard normal noise."""
-    return model.path.sigma(x.new_zeros(()))
+    return model.path.start_scale(x)
 
 
 def _follow(

@@ -175,7 +175,8 @@ def score_as_made(model: FlowModel, evaluator: Evaluator) -> AsMade:
     """Score and time a model with its own solver and steps."""
     source, condition = evaluator.noises(model)
     with Stopwatch() as watch:
-        images = evaluator.images(sample(model, source=source, **condition))
+        made = sample(model, source=source, generator=evaluator.randomness(), **condition)
+        images = evaluator.images(made)
     speed = 1000 * watch.seconds / len(source)
     return AsMade(describe_sampling(model), own_steps(model), evaluator.compare(images), speed)
 

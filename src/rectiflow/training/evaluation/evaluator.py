@@ -111,6 +111,10 @@ class Evaluator:
         condition = self._condition(rows) if model.conditional else {}
         return source, {k: v.to(source.device) for k, v in condition.items()}
 
+    def randomness(self) -> torch.Generator:
+        """What stochastic solvers draw from: the same for every model, apart from its noises."""
+        return torch.Generator().manual_seed(self.seed + 1)
+
     def score(
         self,
         model: FlowModel,
@@ -131,6 +135,7 @@ class Evaluator:
             field=field,
             batch_size=batch_size,
             progress=progress,
+            generator=self.randomness(),
             **condition,
         )
         return self.compare(self.images(samples))
