@@ -228,7 +228,7 @@ def test_a_coarse_solver_is_refused_before_anything_is_written(tmp_path):
         ({"shard_size": -1}, "shard_size must be > 0"),
         ({"process_index": 2, "process_count": 2}, "process_index must be 0 to 1"),
         ({"overwrite": True, "process_count": 2}, "delete the folder first"),
-        ({"solver": "sde"}, "need an ODE solver"),
+        ({"solver": "sde"}, "take an ODE solver"),
         ({"solver": "oiler"}, "did you mean 'euler'"),
         ({"store": "noises"}, "did you mean 'noise'"),
         ({"dtype": torch.int8}, "dtype must be"),
