@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.flows.guided import refuse_memory
+from rectiflow.flows.guided import refuse_memory, refuse_turns
 from rectiflow.flows.solvers import RungeKutta, combine
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class DormandPrince:
 
     def bind(self, field: Any) -> DormandPrince:
         refuse_memory(field, "dopri5 takes evaluations back")
+        refuse_turns(field)
         return self
 
     def advance(
