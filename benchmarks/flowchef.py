@@ -12,7 +12,7 @@ from nets import Convolutions
 from rectiflow.flows import FlowModel, integrate
 from rectiflow.guidance import FlowChef, LinearInverse
 from rectiflow.images.degradations import Downscale, LinearOperator, Mask, box_mask
-from rectiflow.recipes.peak_memory import PeakMemory
+from rectiflow.training.peak_memory import PeakMemory
 
 STEPS, BATCH, SHAPE = 10, 4, (1, 28, 28)
 PLAIN, CHEF, EXACT, FUSED = "plain sampling", "FlowChef", "exact gradient", "exact, own loop"

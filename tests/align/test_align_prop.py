@@ -89,6 +89,16 @@ def test_new_adapters_change_no_bit_and_scale_zero_takes_them_off() -> None:
     assert torch.equal(sample(off, source=x), sample(base, source=x))
 
 
+def test_new_adapters_of_embeddings_change_no_bit() -> None:
+    base, label = model(SHAPE, classes=3), torch.tensor([0, 1, 2, 3])
+    thin = gaussian_lora(base, 2, ["table"])
+    names = [name for name, weight in thin.named_parameters() if weight.requires_grad]
+    assert all("lora_embedding" in name for name in names)
+    assert len(names) == 2
+    x = noises(4, SHAPE)
+    assert torch.equal(sample(thin, source=x, label=label), sample(base, source=x, label=label))
+
+
 def test_base_weights_stay() -> None:
     """Invariant 9."""
     before = {n: p.clone() for n, p in model(SHAPE).named_parameters()}

@@ -180,6 +180,12 @@ def test_peak_counts_what_is_alive_together() -> None:
     assert peak_bytes(run) == 8000
 
 
+def test_peak_counts_where_the_tensors_are(monkeypatch) -> None:
+    """A graphics card beside them changes nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peak_bytes(lambda: torch.zeros(10) + 1) == 80
+
+
 @pytest.mark.parametrize("first", [-1, 5])
 def test_first_must_be_a_step(first: int) -> None:
     with pytest.raises(ValueError, match="first must be a step from 0 to 4"):

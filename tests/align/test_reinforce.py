@@ -113,6 +113,27 @@ def test_equal_rewards_move_nothing() -> None:
     assert all(not bool(g.any()) for g in gradients(method.model).values())
 
 
+def test_one_sample_is_compared_with_none() -> None:
+    for advantage in ("centred", "standardised"):
+        method = Reinforce(model(), lambda x: x.mean(1), advantage=advantage)
+        with pytest.raises(ValueError, match="got one sample, which teaches nothing"):
+            method.loss(Draw.of(4, part=slice(1, 2)))
+    method = Reinforce(model(), lambda x: x.mean(1), advantage="raw")
+    method.loss(Draw.of(1)).backward()
+    assert any(bool(g.any()) for g in gradients(method.model).values())
+
+
+def test_means_since_the_last_call_take_no_room() -> None:
+    method = Reinforce(model(), lambda x: x.mean(1))
+    values = []
+    method.reward = lambda x, **condition: values.append(x.mean(1)) or values[-1]
+    for step in range(3):
+        method.loss(Draw.of(4, step=step))
+    assert set(method._seen) == {"reward"}
+    assert method.take() == {"reward": pytest.approx(float(torch.cat(values).mean()))}
+    assert method.take() == {}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -24,6 +24,7 @@ from rectiflow.align.rewards import (
     unit_range,
 )
 from rectiflow.training.data import load
+from rectiflow.vectors.jpeg import cosine_matrix
 
 
 def images(count: int = 4, shape: tuple[int, ...] = (3, 16, 16), seed: int = 0) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_compressibility_ranks_images_as_jpeg_does(channels: int) -> None:
 
 def test_compressibility_transform_is_orthonormal_and_has_gradient() -> None:
     reward = Compressibility()
-    identity = reward._transform @ reward._transform.T
+    identity = cosine_matrix() @ cosine_matrix().T
     torch.testing.assert_close(identity, torch.eye(8, dtype=torch.float64))
     x = images(2, (1, 10, 9)).double().requires_grad_(True)  # padded to blocks
     assert torch.autograd.gradcheck(reward, (x,), atol=1e-4)
@@ -114,9 +115,11 @@ def test_range_is_changed_once() -> None:
         unit_range(unit)
     with pytest.raises(ValueError, match="values from 0 to 255"):
         unit_range(torch.tensor([0.0, 255.0]).view(1, 1, 1, 2))
-    for reward in (Compressibility(),):
-        with pytest.raises(ValueError, match="looks like"):
-            reward(unit)
+    with pytest.raises(ValueError, match="looks like"):
+        Compressibility()(unit)
+    # Bright images of [-1, 1] may have no dark pixel.
+    bright = torch.linspace(0.1, 0.9, 9).view(1, 1, 3, 3)
+    torch.testing.assert_close(unit_range(bright), bright / 2 + 0.5)
 
 
 def test_saturated_pixels_keep_their_gradient() -> None:
@@ -137,6 +140,15 @@ def test_mixture_is_the_weighted_sum() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RewardMix(rewards, weights)
+
+
+def test_every_part_of_a_mixture_that_counts_needs_a_gradient() -> None:
+    rewards = {"a": Brightness(), "b": lambda x: x.detach().flatten(1).mean(1)}
+    x = images().requires_grad_(True)
+    with pytest.raises(ValueError, match="the reward has no gradient"):
+        RewardMix(rewards)(x)
+    assert RewardMix(rewards)(x.detach()).shape == (4,)
+    assert RewardMix(rewards, {"b": 0.0})(x).requires_grad
 
 
 def test_conditions_go_to_those_that_name_them() -> None:
@@ -172,7 +184,7 @@ def test_words() -> None:
     [
         ("brightnes", "did you mean 'brightness'"),
         ("brightness:high", "see brightness:NUMBER"),
-        ("compressibility:0", "quality must be from 1 to 100"),
+        ("compressibility:0", "quality must be in 1 to 100"),
         ("classifier:three", "takes a class, own or"),
         ("clip", "needs texts"),
         ("aesthetic", "needs its head"),
@@ -185,6 +197,8 @@ def test_wrong_words(word: str, message: str) -> None:
         parse_reward(word, classifier=lambda: nn.Identity())
     with pytest.raises(ValueError, match="is no weight"):
         parse_rewards(["much*brightness"])
+    with pytest.raises(ValueError, match="'brightness' is given twice"):
+        parse_rewards(["0.5*brightness", "compressibility", "2*brightness"])
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.interop.pipelines import shared
 
 from rectiflow.cli import main
+from rectiflow.cli.inverse_tasks import cost_of
+from rectiflow.images.degradations import Mask
 
 SHORT = ["--steps", "8", "--device", "cpu"]
 
@@ -95,6 +99,16 @@ def test_latents_of_a_pipeline(tmp_path, task, monkeypatch):
     out = ["--steps", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["inverse", str(tmp_path / "pipe"), *words, *out]) == 0
     assert np.load(tmp_path / "out/restored.npy").shape == (1, 3, 16, 16)
+
+
+def test_a_mask_without_a_whole_cell_of_latents_is_refused():
+    keep = torch.zeros(1, 8, 8)
+    keep[:, :4, 1:5] = 1
+    opened = SimpleNamespace(pipe=object(), latents=lambda images: images[..., ::4, ::4])
+    with pytest.raises(ValueError, match="no whole cell of the latents, which are 4x4 pixels"):
+        cost_of(opened, Mask(keep), torch.zeros(1, 3, 8, 8))
+    cost = cost_of(opened, Mask(keep.roll(-1, -1)), torch.zeros(1, 3, 8, 8))
+    assert cost.keep.tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(

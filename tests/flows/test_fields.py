@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from rectiflow.flows import Counted, Field, FlowModel, integrate, sample
+from rectiflow.flows import (
+    ClassifierFreeGuidance,
+    Counted,
+    Field,
+    FlowModel,
+    integrate,
+    sample,
+)
 from rectiflow.flows.fields import evaluating
 from rectiflow.flows.metrics import straightness
 from rectiflow.flows.path_registry import PATHS, build
@@ -74,6 +81,14 @@ def test_evaluating_leaves_modes_as_they_were():
     with evaluating(net):
         assert not any(module.training for module in net.modules())
     assert [module.training for module in net.modules()] == before
+
+
+def test_evaluating_reaches_the_model_inside_guidance():
+    net = nn.Sequential(nn.Dropout())
+    guided = ClassifierFreeGuidance(Counted(FlowModel(net)), 2.0)
+    with evaluating(guided):
+        assert not net[0].training
+    assert net[0].training
 
 
 def test_counted_counts_and_passes_on():

@@ -16,7 +16,14 @@ from rectiflow.flows import Field, FlowModel, RectifiedPath, integrate
 from rectiflow.flows.compiled import CompiledSampler
 from rectiflow.flows.guided import begun
 from rectiflow.flows.path_registry import PATHS, build
-from rectiflow.guidance import APG, ClassifierFreeGuidance, preset, projected_guidance, rectify
+from rectiflow.guidance import (
+    APG,
+    ClassifierFreeGuidance,
+    FlowChef,
+    preset,
+    projected_guidance,
+    rectify,
+)
 from rectiflow.guidance.presets import PRESETS
 from rectiflow.vectors import inner, norm
 
@@ -328,6 +335,21 @@ def _named(solver: str):
     return FirstOrder(RectifiedPath()) if solver == "first-order" else solver
 
 
+def test_guidance_around_momentum_keeps_its_rows_outside_its_interval() -> None:
+    """Each branch has a momentum of its own from the first step on."""
+    field = APG(model(), 3.0, eta=0.3)
+    times = [0.1, 0.3, 0.5, 0.7]
+    found = integrate(ClassifierFreeGuidance(field, 2.0, start=0.4), X, times, label=LABEL)
+    x, inner = X, begun(field)
+    null = field.null_condition(label=LABEL)["label"]
+    for now, after in pairwise(times):
+        t = torch.full((len(X),), now, dtype=X.dtype)
+        both = torch.cat([x, x]), torch.cat([t, t])
+        one, other = inner.velocity(*both, label=torch.cat([LABEL, null])).chunk(2)
+        x = x + (after - now) * (torch.lerp(other, one, 2.0) if now >= 0.4 else one)
+    torch.testing.assert_close(found, x)
+
+
 def test_momentum_runs_backward_too() -> None:
     field = begun(APG(Looks(), 3.0, momentum=-0.5))  # type: ignore[arg-type]
     x, label = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
@@ -439,5 +461,10 @@ def test_momentum_and_solvers_that_cannot_have_it() -> None:
         CompiledSampler(field)
     with pytest.raises(ValueError, match="again going backward, so a field that remembers"):
         sample_with_gradient(field, X, 2, label=LABEL)
+    with pytest.raises(ValueError, match="two calls at one time, so a field that remembers"):
+        integrate(ClassifierFreeGuidance(field, 2.0, batched=False), X, 2, label=LABEL)
+    exact = FlowChef(lambda x: x.square().sum(1), skip=False)
+    with pytest.raises(ValueError, match="again after it, so a field that remembers"):
+        integrate(field, X, 2, "heun", correctors=(exact,), label=LABEL)
     with pytest.raises(ValueError, match="unknown preset of guidance 'sdx': did you mean 'sdxl'"):
         preset("sdx")

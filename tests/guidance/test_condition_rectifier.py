@@ -88,6 +88,8 @@ def test_damaged_folders_are_named(tmp_path) -> None:
     for wrong, message in (
         ({"kind": "model"}, "describes no rectifier"),
         ({"format": 99}, "reads up to 1"),
+        ({"format": "1"}, "has format '1'"),
+        ({"sha256": None}, "SHA-256 differs"),
         ({"graph": "directd"}, "did you mean 'directed'"),
         ({"net": {"width": 7, "hidden": 5, "heads": 2}}, "describes no rectifier"),
         ({"net": {"width": 0}}, "width must be > 0"),
@@ -95,6 +97,9 @@ def test_damaged_folders_are_named(tmp_path) -> None:
         config.write_text(json.dumps({**facts, **wrong}))
         with pytest.raises(ModelFolderError, match=message):
             load(folder)
+    config.write_text(json.dumps({n: v for n, v in facts.items() if n != "sha256"}))
+    with pytest.raises(ModelFolderError, match="SHA-256 differs"):
+        load(folder)
     config.write_text("{")
     with pytest.raises(ModelFolderError, match="not valid JSON"):
         load(folder)

@@ -97,9 +97,27 @@ def test_normalised_classifier_has_unit_rms_and_survives_certainty():
     assert not certain.gradient(draw(2, *IMAGE))[1].any()
 
 
+def test_a_decoded_classifier_does_not_ask_how_large_its_logits_are():
+    found = [
+        Decoded(Classifier(lambda x, s=s: s * logits(x), 1), lambda z: 3 * z).gradient(
+            draw(2, *IMAGE) / 10
+        )[1]
+        for s in (1e-3, 1e-6)
+    ]
+    # Small logits leave the direction as it is.
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found[0].square().mean((1, 2, 3)), torch.full((2,), 9.0).double())
+    curved = Decoded(Classifier(logits, 1), torch.tanh)
+    slope = Classifier(logits, 1).gradient(draw(2, *IMAGE).tanh())[1]
+    wanted = slope * (1 - draw(2, *IMAGE).tanh().square())
+    torch.testing.assert_close(curved.gradient(draw(2, *IMAGE))[1], wanted)
+
+
 def test_a_function_that_ignores_the_data_has_no_gradient():
     with pytest.raises(ValueError, match="no gradient with respect to the data"):
         Custom(lambda x: torch.ones(len(x))).gradient(draw(2, 3))
+    with pytest.raises(ValueError, match="the decoder has no gradient"):
+        Decoded(Custom(lambda x: x.sum(1)), torch.Tensor.detach).gradient(draw(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -260,6 +261,30 @@ def test_divergence_stops_with_the_numbers():
     assert "\n" not in said
     assert "steering diverged at step" in said
     assert "take a smaller step_size than 3" in said
+
+
+def test_three_rises_warn_once_a_trajectory():
+    chef = FlowChef(inpaint(), step_size=1.3, scaled=False, clip=None, growth=math.inf)
+    with pytest.warns(UserWarning, match="rose three times in a row") as caught:
+        steered(FlowModel(Net()), chef, steps=20)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steered(FlowModel(Net()), FlowChef(inpaint()), steps=50)
+
+
+def test_curvature_is_found_once_a_trajectory():
+    shapes = []
+
+    class Seen(Masked):
+        def curvature(self, shape):
+            shapes.append(shape)
+            return super().curvature(shape)
+
+    chef = FlowChef(Seen(draw(1, *IMAGE), torch.ones(4, 4)))
+    for count in (1, 2):
+        steered(FlowModel(Net()), chef)
+        assert shapes == [IMAGE] * count
 
 
 def test_clip_keeps_a_step_that_is_too_long_within_the_noise():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -165,6 +166,34 @@ def test_alternation_is_one_view_a_step() -> None:
     assert (inner.net.calls - before[0], inner.net.rows - before[1]) == (4, 12)
 
 
+def test_alternation_backward_begins_with_the_first_view() -> None:
+    inner, times = model(), [0.9, 0.6, 0.2, 0.1]
+    field = MultiViewField(inner, VIEWS, combine="alternate", steps=times)
+    for solver, looks in (("euler", (0.0,)), ("midpoint", (0.0, 0.5))):
+        x, given = X, views_of(field)
+        for step, (now, after) in enumerate(pairwise(times)):
+            view, condition = VIEWS[step % 2][0], given[step % 2]
+            state = x
+            for look in looks:
+                t = torch.full_like(T, now + look * (after - now))
+                slope = view.inverse(inner.velocity(view.apply(state), t, **condition))
+                state = x + 0.5 * (after - now) * slope
+            x = x + (after - now) * slope
+        torch.testing.assert_close(integrate(field, X, times, solver), x)
+
+
+@pytest.mark.parametrize(
+    "solver", ["heun", "rk4", "heun-euler", "reinterpolate-heun", "rf-solver:1", "dopri5"]
+)
+def test_alternation_is_refused_where_steps_are_seen_at_their_end(solver: str) -> None:
+    field = MultiViewField(model(), VIEWS, combine="alternate", steps=4)
+    with pytest.raises(ValueError, match="views that alternate need a solver"):
+        integrate(ClassifierFreeGuidance(field, 1.0), X, 4, solver)
+    if solver == "heun":
+        with pytest.raises(ValueError, match="views that alternate need a solver"):
+            CompiledSampler(field, solver)
+
+
 def test_alternation_takes_every_sample_at_its_own_time() -> None:
     field = MultiViewField(model(), VIEWS, combine="alternate", steps=[0.0, 0.3, 0.7, 1.0])
     times = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
@@ -305,14 +334,9 @@ def test_sampling_and_compilation_take_it() -> None:
 
 
 def test_gradients_reach_the_state_through_every_view() -> None:
-    field = MultiViewField(model(), VIEWS, rectify="matched")
+    field = MultiViewField(model(), [(v, {"label": 1}) for v, _ in VIEWS], rectify="matched")
     x = X[:1].clone().requires_grad_()
-    torch.autograd.gradcheck(
-        lambda x: MultiViewField(field.field, [(v, {"label": 1}) for v, _ in VIEWS]).velocity(
-            x, T[:1]
-        ),
-        (x,),
-    )
+    torch.autograd.gradcheck(lambda x: field.velocity(x, T[:1]), (x,))
 
 
 # what is refused

@@ -71,7 +71,8 @@ def test_pictures_are_drawn_once_for_five_steps_and_are_of_their_prompt() -> Non
     fitting = method(times=Uniform(1 - 1e-6, 1.0), loss=PairContrastiveDenoising(1.0, 0.0))
     shown: dict[tuple[int, str], torch.Tensor] = {}
     for step in range(10):
-        fitting.losses(Draw.of(6, step=step))
+        # As the trainer counts them.
+        fitting.losses(Draw.of(6, step=step, before=6 * step))
         # At the end of time states are pictures.
         states = fitting.frozen.net.seen[-1]["x"].unflatten(0, (6, 2))
         for half, name in enumerate(PAIRINGS[step % 5]):

@@ -72,6 +72,19 @@ def test_constant_features_do_not_divide_by_zero() -> None:
     assert adapted.fit(old.clone(), old).transport(old).isfinite().all()
 
 
+def test_features_of_double_precision_are_carried_as_such() -> None:
+    settings = TrainerSettings(steps=3, batch_size=8)
+    found = []
+    for precise in (False, True):
+        old, new = blobs(50, 0)[0], moved(blobs(60, 1)[0])
+        old, new = (old.double(), new.double()) if precise else (old, new)
+        adapted = FeatureAdaptation(head, width=8, depth=1, steps=2, settings=settings)
+        found.append(adapted.fit(new, old).transport(new))
+        assert found[-1].dtype == new.dtype
+        assert adapted.predict(new).shape == (60,)
+    torch.testing.assert_close(found[0].double(), found[1])
+
+
 def test_refuses_use_before_fit_and_unequal_features() -> None:
     adapted = FeatureAdaptation(head)
     with pytest.raises(ValueError, match="call fit"):

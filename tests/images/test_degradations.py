@@ -27,7 +27,7 @@ from rectiflow.images.degradations import (
     read_mask,
 )
 from rectiflow.images.degradations.blurs import PADDINGS
-from rectiflow.images.degradations.compression import LUMA
+from rectiflow.vectors.jpeg import BRIGHTNESS
 
 
 def uneven_kernel() -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_noise_is_drawn_once_and_not_where_nothing_is_measured():
 def test_jpeg_rounds_cosines_to_the_table():
     block = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     found = dctn(JPEG(50).A(block)[0, 0].numpy() * 127.5, norm="ortho")
-    steps = np.array(LUMA).reshape(8, 8)
+    steps = np.array(BRIGHTNESS)
     wanted = np.round(dctn(block[0, 0].numpy() * 127.5, norm="ortho") / steps) * steps
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 

@@ -6,7 +6,7 @@ import torch
 
 from rectiflow.cli import main
 from rectiflow.recipes.flowchef import CHEF, EXACT, PLAIN, SECOND, TASKS, Restored, Scored, checks
-from rectiflow.recipes.peak_memory import PeakMemory
+from rectiflow.training.peak_memory import PeakMemory
 
 
 def restored(psnr=15.0, residual=0.001, seconds=1.0, memory=100) -> Restored:

@@ -23,7 +23,8 @@ def gaussian_lora(
 ) -> FlowModel:
     """A copy of a model with fresh adapters in single precision, `A ~ N(0, 1/rank²)` and `B = 0`.
 
-    It makes exactly the model's samples until it is trained.
+    It makes exactly the model's samples until it is trained. Adapters of embeddings keep peft's
+    first weights, where A is 0 and B is not.
 
     Args:
         model: the model; it is not changed.
@@ -43,7 +44,7 @@ def gaussian_lora(
                 continue
             # Half-precision adapters lose small updates and stop gradient scalers.
             weight.data = weight.data.float()
-            if "lora_A" in name or "lora_embedding_A" in name:
+            if "lora_A" in name:
                 fresh = torch.randn(weight.shape, generator=generator) / rank
                 weight.copy_(fresh)
     return thin

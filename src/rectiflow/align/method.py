@@ -17,6 +17,7 @@ from rectiflow.flows.couplings import Data, Draw
 from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.integration import time_grid
 from rectiflow.training.method import Phase
+from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,7 +52,8 @@ class RewardMethod(ABC):
         self.reward = Checked(reward, differentiable=self.differentiable)
         self.conditions, self.decode = conditions, decode
         self.field: Any = guided(self.model) if guided is not None else self.model
-        self._seen: list[dict[str, Tensor | float]] = []
+        self._seen: dict[str, Tensor | float] = {}
+        self._count = 0
 
     @property
     def steps(self) -> int:
@@ -68,9 +70,9 @@ class RewardMethod(ABC):
 
     def take(self) -> dict[str, float]:
         """Means of what was seen (reward, steps with gradient, ...) since this was last called."""
-        seen, self._seen = self._seen, []
-        names = seen[0] if seen else {}
-        return {name: float(sum(float(row[name]) for row in seen) / len(seen)) for name in names}
+        means = {name: float(total) / self._count for name, total in self._seen.items()}
+        self._seen, self._count = {}, 0
+        return means
 
     def start(self, draw: Draw) -> tuple[Tensor, dict[str, Any], torch.Generator]:
         """Where the chains of a draw begin, their condition, and randomness of their own."""
@@ -86,7 +88,9 @@ class RewardMethod(ABC):
         return x, condition, own
 
     def _note(self, reward: Float[Tensor, " b"], **more: Tensor | float) -> None:
-        self._seen.append({"reward": reward.detach().mean(), **more})
+        for name, value in {"reward": wide(reward.detach()).mean(), **more}.items():
+            self._seen[name] = self._seen.get(name, 0.0) + value
+        self._count += 1
 
 
 def _trained(model: FlowModel, rank: int, targets: Sequence[str] | None, seed: int) -> FlowModel:

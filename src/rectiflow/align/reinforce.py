@@ -39,7 +39,8 @@ class Reinforce(RewardMethod):
         steps: number of steps or ascending grid of times; the model's own by default.
         noise: scale of the sampler's noise, > 0; 1 is the official eta.
         advantage: "standardised" (minus the batch's mean, over its deviation), "centred", or "raw",
-            which alone is unbiased at any batch size.
+            which alone is unbiased at any batch size. The batch is what goes through the network
+            at once, a micro-batch where steps are split, and needs two samples but for "raw".
         checkpoint: compute steps again going backward.
         rank: rank of the adapters; 0 trains all weights.
         targets: layers that get adapters.
@@ -49,7 +50,8 @@ class Reinforce(RewardMethod):
         seed: of the adapters' first weights.
 
     Raises:
-        ValueError: an unknown advantage, noise that is not positive, a descending grid.
+        ValueError: an unknown advantage, noise that is not positive, a descending grid; when
+            trained, one sample at a time with an advantage other than "raw".
 
     Source: arXiv 2305.13301, section 4 (DDPO, score function); the comparison: arXiv 2310.03739.
     """
@@ -139,8 +141,14 @@ class Reinforce(RewardMethod):
     def _advantage(self, value: Tensor) -> Tensor:
         if self.advantage == "raw":
             return value
+        if len(value) == 1:
+            raise ValueError(
+                f"advantage={self.advantage!r} compares the samples of a micro-batch and got one "
+                "sample, which teaches nothing: take micro-batches of two or more, or "
+                "advantage='raw'"
+            )
         centred = value - value.mean()
-        if self.advantage == "centred" or len(value) == 1:
+        if self.advantage == "centred":
             return centred
         return centred / (centred.std() + 1e-8)
 

@@ -51,7 +51,7 @@ class Settings:
     """Guidance of each view: a scale, cfg:4,stop=0.8 or apg:7.5,eta=0,momentum=-0.5,norm=15."""
     antiseg_lr: float = 0.0
     """Step by which concepts are drawn to the same places; the paper's is 5, 0 for none."""
-    antiseg_until: float = 0.87
+    antiseg_until: float = 0.86
     """Time (1 is data) from which steps are no longer corrected so."""
     clip: str | None = None
     """CLIP model of transformers, folder or Hub name, that scores views of prompts."""

@@ -63,13 +63,23 @@ def cost_of(opened: Opened, operator: Degradation, measured: Tensor) -> Cost:
 
     A model of latents is compared in latents where pixels are kept or lost, and through its
     decoder otherwise.
+
+    Raises:
+        ValueError: a mask that keeps no whole cell of the latents.
     """
     from rectiflow.guidance import Custom, Decoded, LinearInverse, Masked, latent_mask
     from rectiflow.images.degradations import LinearOperator, Mask
 
     if opened.pipe is not None and isinstance(operator, Mask) and operator.keep.shape[0] == 1:
         reference = opened.latents(measured)
-        return Masked(reference, latent_mask(operator.keep[0], reference.shape[2:]))
+        keep = latent_mask(operator.keep[0], reference.shape[2:])
+        if not keep.any():
+            side = operator.keep.shape[-1] // keep.shape[-1]
+            raise ValueError(
+                f"the mask keeps no whole cell of the latents, which are {side}x{side} pixels: "
+                "keep larger areas"
+            )
+        return Masked(reference, keep)
     cost: Any
     if isinstance(operator, LinearOperator):
         cost = LinearInverse(operator, measured)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.flows.guided import refuse_memory
+from rectiflow.flows.guided import refuse_memory, refuse_turns
 from rectiflow.flows.solvers import RungeKutta, combine
 from rectiflow.vectors.batchwise import wide
 
@@ -71,6 +71,7 @@ class DormandPrince:
 
     def bind(self, field: Any) -> DormandPrince:
         refuse_memory(field, "dopri5 takes evaluations back")
+        refuse_turns(field)
         return self
 
     def advance(

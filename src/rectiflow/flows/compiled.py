@@ -49,6 +49,7 @@ class CompiledSampler:
         if not isinstance(method, RungeKutta):
             raise ValueError(f"only fixed-step Runge-Kutta solvers can be unrolled, got {solver!r}")
         refuse_memory(field, "steps that are compiled together share no memory")
+        method = method.bind(field)
         self.field, self.solver, self.steps_per_call = field, method, steps_per_call
         velocity = velocity_of(field)
 

@@ -209,12 +209,14 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(field: Any, device: torch.device | None = None) -> Iterator[None]:
     """Put a field's modules in evaluation mode for the block, then back as they were.
 
-    With a device they are moved there and stay: that of a training's own process, for a teacher
-    that nobody else has moved.
+    Of a guided field they are those of the field inside. With a device they are moved there and
+    stay: that of a training's own process, for a teacher that nobody else has moved.
     """
-    if device is not None and isinstance(field, nn.Module) and device_of(field) != device:
+    while field is not None and not isinstance(field, nn.Module):
+        field = getattr(field, "field", None)
+    if device is not None and field is not None and device_of(field) != device:
         field.to(device)
-    modules = [m for m in field.modules() if m.training] if isinstance(field, nn.Module) else []
+    modules = [m for m in field.modules() if m.training] if field is not None else []
     for module in modules:
         module.training = False
     try:

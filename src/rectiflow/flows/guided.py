@@ -50,6 +50,18 @@ def refuse_memory(field: Any, reason: str) -> None:
         )
 
 
+def refuse_turns(field: Any) -> None:
+    """Raise ValueError for a field whose parts take turns, where steps are evaluated at their end.
+
+    The time there is that of the next step, whose turn is another.
+    """
+    if getattr(field, "alternates", False):
+        raise ValueError(
+            "views that alternate need a solver that looks at a step's beginning and middle alone, "
+            "since at its end it is the turn of the next: take euler or midpoint"
+        )
+
+
 class Guided(ABC):
     """The members of a field, all made by one rule for what the field inside says.
 
@@ -74,6 +86,11 @@ class Guided(ABC):
     def remembers(self) -> bool:
         """Whether an evaluation depends on earlier ones of the trajectory."""
         return bool(getattr(self.field, "remembers", False))
+
+    @property
+    def alternates(self) -> bool:
+        """Whether the number of the step decides what is asked, which the time must tell."""
+        return bool(getattr(self.field, "alternates", False))
 
     def begin(self) -> Any:
         """The field for one trajectory; see `begun`."""
@@ -166,7 +183,9 @@ class AgainstNull(Guided):
     def _guide(self, view: str, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
         null = null_of(self.field, condition, self.negative) if self.scale != 1 else {}
         inside = within(t, self.start, self.stop)
-        if not null or (inside is not None and surely_none(inside)):
+        # A field that remembers is asked for both all along: its rows must not change.
+        skips = inside is not None and not getattr(self.field, "remembers", False)
+        if not null or (skips and surely_none(inside)):
             return getattr(self.field, view)(x, t, **condition)
         full = {**condition, **null}
         return self._guided(view, x, t, condition, full, inside)
@@ -205,10 +224,14 @@ def both_branches(
     """What the field says under a condition and under its null, in one call or in two.
 
     Values without rows cannot differ within a batch; where they do, two calls are made.
+
+    Raises:
+        ValueError: two calls of a field that remembers its evaluations.
     """
     evaluate = getattr(field, view)
     shared = all(has_rows(v) or v is null[k] or _same(v, null[k]) for k, v in condition.items())
     if not (batched and shared):
+        refuse_memory(field, "the condition and its null take two calls at one time")
         return evaluate(x, t, **condition), evaluate(x, t, **null)
     both = {k: torch.cat([v, null[k]]) if has_rows(v) else v for k, v in condition.items()}
     with_condition, without = evaluate(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)

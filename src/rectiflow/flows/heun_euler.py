@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rectiflow.flows.guided import refuse_turns
 from rectiflow.flows.solvers import EULER, HEUN
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class HeunEuler:
     _to_data: bool = field(default=False, init=False, repr=False, compare=False)
 
     def bind(self, field: Any) -> HeunEuler:
+        refuse_turns(field)
         # Every integration counts its own steps.
         return HeunEuler()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rectiflow.flows.guided import refuse_turns
 from rectiflow.flows.paths import RectifiedPath
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Reinterpolation:
                 f"re-interpolation goes along straight lines, got a field on the {path.name!r} "
                 "path: use euler or heun"
             )
+        if self.corrected:
+            refuse_turns(field)
         bound = replace(self)
         object.__setattr__(bound, "run", _Run())
         return bound

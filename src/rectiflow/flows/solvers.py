@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from rectiflow.errors import unknown
+from rectiflow.flows.guided import refuse_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +75,8 @@ class RungeKutta:
     legacy_dt: bool = False
 
     def bind(self, field: Any) -> RungeKutta:
+        if 1.0 in self.nodes:
+            refuse_turns(field)
         return self
 
     def intervals(self, times: Sequence[float]) -> list[float]:

@@ -71,7 +71,7 @@ class Anagram:
     solver: Any = "euler"
     spans: Sequence[Sequence[int]] | None = None
     antiseg: float = 0.0
-    until: float = 0.87
+    until: float = 0.86
 
     def __post_init__(self) -> None:
         positive("antiseg", self.antiseg, zero=True)

@@ -68,7 +68,9 @@ class AntiSegregation(StateCost):
     compared (`segregation`). This is done in the correction only, which costs one evaluation with
     gradient for each view.
 
-        FlowChef(AntiSegregation(spans), step_size=5.0, until=0.87)
+        FlowChef(AntiSegregation(spans), step_size=5.0, until=0.86)
+
+    Of 30 equal steps these are the first 26.
 
     Args:
         spans: for each view the positions of its concept among the tokens of the text

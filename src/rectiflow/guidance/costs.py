@@ -331,11 +331,15 @@ class Custom(Cost):
 class Decoded(Cost):
     """A cost of pictures for a model of latents: `cost(decode(latents))`.
 
-    The gradient goes through the decoder, not through the flow's network.
+    The cost's own gradient (that of `Classifier` has unit RMS) goes back through the decoder, not
+    through the flow's network.
 
     Args:
         cost: a cost of what `decode` makes.
         decode: latents to pictures, such as `partial(decode_latents, pipe)`.
+
+    Raises:
+        ValueError: a decoder without a gradient.
 
     Example:
         >>> cost = Decoded(Custom(lambda x: x.sum(1)), lambda z: 3 * z)
@@ -348,6 +352,21 @@ class Decoded(Cost):
 
     def __call__(self, data: Float[Tensor, "b *dims"]) -> Float[Tensor, " b"]:
         return self.cost(self.decode(data))
+
+    def gradient(
+        self, data: Float[Tensor, "b *dims"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *dims"]]:
+        with torch.inference_mode(False), torch.enable_grad():
+            free = data.detach().clone().requires_grad_()
+            decoded = self.decode(free)
+            if not decoded.requires_grad:
+                raise ValueError(
+                    "the decoder has no gradient with respect to the latents: use differentiable "
+                    "operations only"
+                )
+            value, slope = self.cost.gradient(decoded.detach())
+            (found,) = torch.autograd.grad(decoded, free, slope)
+        return value, found
 
 
 class StateCost(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rectiflow.errors import SteeringDivergedError, positive, unknown
 from rectiflow.flows.fields import velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.paths import Path, expand
 from rectiflow.guidance.costs import Cost, StateCost, as_cost
 from rectiflow.vectors import clip_norm
@@ -37,6 +39,9 @@ class FlowChef:
 
     Skipping is exact where the velocity does not depend on x, good where it changes slowly, and
     wrong where it bends; `skip=False` runs the network once more, with its derivative, to compare.
+
+    A sample whose cost rose three times in a row, to above twice the first one, warns once a
+    trajectory that the step size may be too large; well-behaved costs rise by less at the start.
 
     Args:
         cost: a `Cost`, any function of the data with one number a sample, or a `StateCost`.
@@ -64,7 +69,7 @@ class FlowChef:
 
     Raises:
         ValueError: settings out of range; a field without a path; falling times; a scaled step of
-            1 or more.
+            1 or more; `skip=False` on a field with momentum.
         SteeringDivergedError: a cost that is not finite, or that grows as said at `growth`.
 
     Example:
@@ -75,7 +80,8 @@ class FlowChef:
         >>> integrate(model, torch.full((1, 2), 0.5), 2, correctors=(chef,))
         tensor([[1., 1.]])
 
-    Source: arXiv 2412.00100, algorithm 1. The scaling, the clip and the stop are ours.
+    Source: arXiv 2412.00100, algorithm 1. The scaling, the clip, the warning and the stop
+        are ours.
     """
 
     cost: Cost | StateCost | Callable[[Tensor], Tensor]
@@ -95,6 +101,10 @@ class FlowChef:
     velocity: Callable[[Step], Tensor] | None = None
     costs: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _rises: Tensor | None = field(default=None, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
+    _curvatures: dict[tuple[int, ...], float | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         self.cost = as_cost(self.cost)
@@ -126,7 +136,7 @@ class FlowChef:
                 f"{step.next_time:g}: give rising times"
             )
         if step.index <= self.first_step:
-            self.costs, self._rises = [], None
+            self.costs, self._rises, self._warned, self._curvatures = [], None, False, {}
         if not self._applies(step):
             return step.after
         return step.after + self._move(step).to(step.after.dtype)
@@ -176,7 +186,10 @@ class FlowChef:
             size *= float(path.sigma(t[0]) / path.sigma(torch.zeros_like(t[0])))
         known = None
         if isinstance(self.cost, Cost) and self.scaled and self.optimizer == "sgd":
-            known = self.cost.curvature(shape)
+            # It may take an operation on the device to find, and is the same in every step.
+            if shape not in self._curvatures:
+                self._curvatures[shape] = self.cost.curvature(shape)
+            known = self._curvatures[shape]
         if not known:
             return size
         if size >= 1:
@@ -195,6 +208,7 @@ class FlowChef:
             return cost.at(step).gradient
         assert isinstance(cost, Cost)
         if not self.skip:
+            refuse_memory(step.field, "skip=False asks for a step's velocity again after it")
             evaluate = velocity_of(step.field)
 
             def exact(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,20 +235,33 @@ class FlowChef:
         return skipped
 
     def _watch(self, step: Step, value: Tensor) -> None:
-        """Keep the costs, and stop where one of them runs away."""
+        """Keep the costs, warn where one keeps rising and stop where it runs away."""
         before = self.costs[-1] if self.costs else value
         self.costs.append(value)
         rises = torch.zeros_like(value) if self._rises is None else self._rises
         self._rises = torch.where(value > before, rises + 1, torch.zeros_like(rises))
-        first = self.costs[0]
-        beyond = (self._rises >= 3) & (value > self.growth * first.clamp(min=1.0))
-        lost = beyond | ~torch.isfinite(value)
+        first, rising = self.costs[0], self._rises >= 3
+        lost = ~torch.isfinite(value)
+        if not bool((rising | lost).any()):
+            return
+        lost |= rising & (value > self.growth * first.clamp(min=1.0))
         if bool(lost.any()):
             row = int(lost.nonzero()[0])
             raise SteeringDivergedError(
                 f"steering diverged at step {step.index} (time {step.time:.3g}): the cost of "
                 f"sample {row} went from {float(first[row]):.3g} to {float(value[row]):.3g}; "
                 f"take a smaller step_size than {self.step_size:g}"
+            )
+        rising &= value > 2 * first
+        if not self._warned and bool(rising.any()):
+            self._warned = True
+            row = int(rising.nonzero()[0])
+            warnings.warn(
+                f"steering may diverge: the cost of sample {row} rose three times in a row, from "
+                f"{float(first[row]):.3g} at first to {float(value[row]):.3g} at step {step.index} "
+                f"(time {step.time:.3g}); a smaller step_size than {self.step_size:g} may help",
+                # Past this corrector and the loop that called it.
+                stacklevel=5,
             )
 
 

@@ -42,7 +42,9 @@ class MultiViewField(Guided):
     Combinations: `mean`; `balanced`, a mean with weights by how well each view shows its
     condition; `min-norm`, the mean of noises that is shortest; `alternate`, one view a step in
     turn, at the price of one; `sum`, for parts that add up to the picture (`views.Part`). A mean
-    and a sum are the same whether velocities, noises or data are combined.
+    and a sum are the same whether velocities, noises or data are combined. Whose turn it is follows
+    from the time, so views alternate under solvers that do not look at the end of a step (euler,
+    midpoint, sde); others refuse.
 
     Averaged noises have too little variance, which `rectify` repairs in terms of noises, see
     `rectified`. Predictions of good models under an ODE solver need no repair; it was made for
@@ -56,13 +58,15 @@ class MultiViewField(Guided):
         rectify: none, official or matched.
         balance: what `balanced` goes by.
         steps: the number of steps or the grid of times that is sampled with: `alternate` needs it,
-            and `balanced` takes the share of steps done from it in place of the time.
+            falling where times fall, and `balanced` takes the share of steps done from it in place
+            of the time.
         batched: ask about all views in one call; off, one call a view takes less memory.
 
     Raises:
         ValueError: no views, unknown names, settings without effect, alternation of a field with
             momentum; when it is followed, a view that is not orthogonal on such samples, parts that
-            do not add up, conditions of other rows than the samples.
+            do not add up, conditions of other rows than the samples, alternation by a solver that
+            looks at the end of a step.
 
     Example:
         >>> from rectiflow.flows import FlowModel, integrate
@@ -109,6 +113,11 @@ class MultiViewField(Guided):
             if self.steps is None:
                 raise ValueError("alternate goes by steps: give steps= as when sampling")
             refuse_memory(self.field, "alternating views are not asked about at every step")
+
+    @property
+    def alternates(self) -> bool:
+        """Whether views take turns, here or in the field inside."""
+        return self.combine == "alternate" or super().alternates
 
     def begin(self) -> Any:
         """The field for one trajectory, with a memory for each view."""
@@ -189,7 +198,8 @@ class MultiViewField(Guided):
                 "alternating views need conditions of the same names and shapes, got "
                 + " and ".join(", ".join(one) or "none" for one in given)
             )
-        turn = self._interval(t) % len(shown)
+        assert self.steps is not None
+        turn = _number(t, time_grid(self.steps)) % len(shown)
         place = turn, torch.arange(len(t), device=t.device)
         one = {
             name: torch.stack([of[name] for of in given])[place] if has_rows(value) else value
@@ -198,17 +208,12 @@ class MultiViewField(Guided):
         said = getattr(self.field, member)(torch.stack(shown)[place], t, **one)
         return torch.stack([view.inverse(said) for view, _ in self.views])[place]
 
-    def _interval(self, t: Tensor) -> Int[Tensor, " b"]:
-        """The number of the step that begins at a time or has it inside."""
-        assert self.steps is not None
-        grid = torch.tensor(sorted(time_grid(self.steps)), device=t.device, dtype=t.dtype)
-        return torch.bucketize(t + SAME_TIME, grid, right=True).sub(1).clamp(0, len(grid) - 2)
-
     def _share(self, t: Tensor) -> Float[Tensor, " b"]:
-        """The share of the steps that is done."""
+        """The share of the steps toward the data that is done."""
         if self.steps is None:
             return t
-        return self._interval(t) / (len(time_grid(self.steps)) - 1)
+        grid = sorted(time_grid(self.steps))
+        return _number(t, grid) / (len(grid) - 1)
 
     def _slope(self, t: Tensor, x: Tensor) -> Tensor:
         """How the velocity moves with the noise at a fixed state; 0 where there are no data yet."""
@@ -229,6 +234,14 @@ class MultiViewField(Guided):
                 f"it by up to {float((total - x).abs().max()):.3g}: give views.Rest of the others "
                 "as the last part"
             )
+
+
+def _number(t: Tensor, grid: Sequence[float]) -> Int[Tensor, " b"]:
+    """The number of the step that begins at a time or has it inside."""
+    forward = 1 if grid[0] < grid[-1] else -1
+    starts = torch.tensor([forward * time for time in grid], device=t.device, dtype=t.dtype)
+    number = torch.bucketize(forward * t + SAME_TIME, starts, right=True) - 1
+    return number.clamp(0, len(grid) - 2)
 
 
 def _rows(name: str, value: Any, x: Tensor) -> Any:

@@ -57,7 +57,7 @@ def load(folder: str | Path) -> ConditionRectifier:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ModelFolderError(f"{folder} has no {WEIGHTS}: the folder is incomplete, copy it anew")
-    if digest(weights) != config["sha256"]:
+    if digest(weights) != config.get("sha256"):
         raise ModelFolderError(
             f"{weights} is not the file that {CONFIG} describes (SHA-256 differs): copy it anew"
         )
@@ -86,9 +86,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelFolderError(str(error)) from None
     if not isinstance(config, dict) or config.get("kind") != "condition-rectifier":
         raise ModelFolderError(f"{file} describes no rectifier: give one that `relations` wrote")
-    if config.get("format", FORMAT + 1) > FORMAT:
+    version = config.get("format")
+    if not isinstance(version, int) or version > FORMAT:
         raise ModelFolderError(
-            f"{file} has format {config.get('format')}, this version reads up to {FORMAT}: update "
-            "rectiflow"
+            f"{file} has format {version!r}, this version reads up to {FORMAT}: update rectiflow"
         )
     return config

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.fields import evaluating
-from rectiflow.flows.guided import Guided
-from rectiflow.flows.integration import integrate
+from rectiflow.flows.guided import Guided, refuse_memory
+from rectiflow.flows.integration import integrate, time_grid
 from rectiflow.flows.sampling import draw_source
 from rectiflow.guidance.costs import Masked
 from rectiflow.guidance.flowchef import FlowChef
@@ -41,7 +41,7 @@ class RegionalField(Guided):
         scale: strength, >= 0.
 
     Raises:
-        ValueError: a negative scale.
+        ValueError: a negative scale, or a field with momentum.
 
     Source: arXiv 2412.00100, section on editing.
     """
@@ -53,6 +53,7 @@ class RegionalField(Guided):
 
     def __post_init__(self) -> None:
         positive("scale", self.scale, zero=True)
+        refuse_memory(self.field, "both conditions take two calls at one time")
 
     def source_velocity(
         self, x: Float[Tensor, "b *dims"], t: Float[Tensor, " b"]
@@ -108,7 +109,8 @@ def edit_region(
         condition: the condition of the edit, one row a picture.
         source: what guidance goes away from inside the region; no guidance without it.
         scale: its strength.
-        source_steps: steps in which everything is pulled to the reference.
+        source_steps: steps in which everything is pulled to the reference; fewer than are steered
+            at all, which are those that end before time 1.
         steps: number of steps or grid of times.
         solver: see `integrate`.
         step_size: see `FlowChef`.
@@ -121,7 +123,8 @@ def edit_region(
 
     Raises:
         ValueError: a mask of another size, one that keeps nothing or everything; noises of
-            another shape; `estimate="source"` without a source.
+            another shape; `estimate="source"` without a source; so many source steps that no step
+            is left for the mask.
         SteeringDivergedError: the step size is too large.
 
     Example:
@@ -142,6 +145,12 @@ def edit_region(
     if float(keep.max()) == 0 or float(keep.min()) == 1:
         extent = "nothing" if float(keep.max()) == 0 else "everything"
         raise ValueError(f"the mask keeps {extent}: mark what to keep with 1 and the rest with 0")
+    steered = sum(time < 1 for time in time_grid(steps)[1:])
+    if source_steps >= max(steered, 1):
+        raise ValueError(
+            f"source_steps must be below {steered}, the number of steps that end before time 1, "
+            f"got {source_steps}: the mask would never be used"
+        )
     if noise is None:
         noise = draw_source(model, reference.shape[0], generator=generator)
     if noise.shape != reference.shape:

@@ -136,7 +136,7 @@ class RelationFitting:
         iteration, place = divmod(draw.step, len(self.pairings))
         pair = self.pairings[place]
         # Pictures depend on the iteration, noises and times on the step.
-        once = replace(draw, step=iteration)
+        once = replace(draw, step=iteration, before=None)
         which = once.indices(len(self.examples), stream=len(PROMPTS))
         pictures = torch.stack([self._pictures(name, which, once) for name in pair], 1)
         pictures = pictures.to(draw.device, non_blocking=True)

@@ -89,6 +89,8 @@ class FeatureAdaptation:
             )
         if not len(new) or not len(old):
             raise ValueError(f"both domains need rows, got {len(new)} new and {len(old)} old")
+        dtype = torch.get_default_dtype()
+        new, old = new.to(dtype), old.to(dtype)
         # One map for both ends: the transport takes place among features of unit scale.
         self.centre = old.mean(0)
         self.scale = (old - self.centre).square().mean().sqrt().clamp(min=1e-12)
@@ -123,4 +125,5 @@ class FeatureAdaptation:
             return self.head(self.transport(features)).argmax(1)
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return (features - self.centre.to(features)) / self.scale.to(features)
+        centre, scale = (value.to(features.device) for value in (self.centre, self.scale))
+        return (features.to(centre.dtype) - centre) / scale

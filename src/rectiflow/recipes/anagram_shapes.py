@@ -53,7 +53,7 @@ class ShapeSettings:
     """Samples of each pair of shapes."""
     step_size: float = 5.0
     """Step of anti-segregation."""
-    until: float = 0.87
+    until: float = 0.86
     """Time from which it is off."""
 
 

@@ -32,12 +32,12 @@ from rectiflow.guidance.costs import LinearInverse
 from rectiflow.guidance.flowchef import FlowChef
 from rectiflow.images.degradations import LinearOperator, build, measure
 from rectiflow.images.fidelity import psnr
-from rectiflow.recipes.peak_memory import PeakMemory
 from rectiflow.recipes.recipe import Check, Number, Result
 from rectiflow.recipes.tools import new_model, numbers, ratios, stage, train
 from rectiflow.training.data import load
 from rectiflow.training.figures import compare_samples
 from rectiflow.training.flow_matching import FlowMatching
+from rectiflow.training.peak_memory import PeakMemory
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 from rectiflow.training.trainer import TrainerSettings

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from rectiflow.align.rewards.pixels import unit_range
+from rectiflow.vectors.jpeg import rounding_steps, to_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-# ITU-T T.81, tables K.1 and K.2: quantisation steps at quality 50, by frequency.
-LUMINANCE = (
-    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56), (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
-)  # fmt: skip
-CHROMINANCE = (
-    (17, 18, 24, 47, 99, 99, 99, 99), (18, 21, 26, 66, 99, 99, 99, 99),
-    (24, 26, 56, 99, 99, 99, 99, 99), (47, 66, 99, 99, 99, 99, 99, 99),
-    *((99,) * 8 for _ in range(4)),
-)  # fmt: skip
 
 
 class Compressibility:
@@ -54,25 +40,12 @@ class Compressibility:
     """
 
     def __init__(self, quality: int = 75) -> None:
-        if not 1 <= quality <= 100:
-            raise ValueError(f"quality must be from 1 to 100, got {quality}")
-        self.quality = quality
-        scale = 5000 / quality if quality < 50 else 200 - 2 * quality
-        steps = torch.tensor([LUMINANCE, CHROMINANCE], dtype=torch.float64)
-        self._steps = ((steps * scale + 50) / 100).floor().clamp(1, 255)
-        position = torch.arange(8, dtype=torch.float64)
-        wave = torch.cos(math.pi / 8 * (position + 0.5) * position[:, None])
-        self._transform = wave * torch.where(position == 0, 0.125, 0.25).double().sqrt()[:, None]
+        self.quality, self._steps = quality, rounding_steps(quality, 3)
 
     def __call__(self, images: Float[Tensor, "b c h w"], **condition: Any) -> Float[Tensor, " b"]:
         height, width = images.shape[-2:]
         planes = _planes(unit_range(images) * 255)
-        planes = F.pad(planes, (0, -width % 8, 0, -height % 8), mode="replicate")
-        blocks = planes.unfold(2, 8, 8).unfold(3, 8, 8)
-        transform = self._transform.to(planes)
-        found = transform @ blocks @ transform.T
-        steps = self._steps.to(planes)[[0, 1, 1][: planes.shape[1]]]
-        relative = found / steps.view(1, -1, 1, 1, 8, 8)
+        relative = to_blocks(planes) / self._steps[: planes.shape[1]].to(planes)
         bits = 0.5 * torch.log2(1 + relative.square())
         return -bits.flatten(1).sum(1) / (height * width)
 

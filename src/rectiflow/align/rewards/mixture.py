@@ -26,7 +26,8 @@ class RewardMix:
         weights: name to weight, which may be negative; 1 by default.
 
     Raises:
-        ValueError: no reward, or weights that are not finite, all zero or of unknown names.
+        ValueError: no reward, or weights that are not finite, all zero or of unknown names; when
+            called with images that want a gradient, a reward that has none and counts.
 
     Example:
         >>> mix = RewardMix({"mean": lambda x: x.mean(1), "top": lambda x: x.amax(1)}, {"top": 0.5})
@@ -47,7 +48,9 @@ class RewardMix:
         if not all(map(math.isfinite, self.weights.values())) or not any(self.weights.values()):
             raise ValueError(f"weights must be finite and not all 0, got {self.weights}")
         self.rewards = {
-            name: Checked(reward, differentiable=False) for name, reward in rewards.items()
+            # A reward that only shows its value may do without a gradient.
+            name: Checked(reward, differentiable=self.weights[name] != 0)
+            for name, reward in rewards.items()
         }
 
     def __call__(self, images: Float[Tensor, "b *dims"], **condition: Any) -> Float[Tensor, " b"]:

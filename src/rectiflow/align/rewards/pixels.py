@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 
 FARTHEST = 8.0
 """Images in [-1, 1] that overshoot stay far below this; bytes do not."""
+WIDE = 0.9
+"""Values of images in [0, 1] span more than this; bright images in [-1, 1] hardly do."""
 
 
 def unit_range(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Images in [-1, 1] as images in [0, 1], clipped, with the gradient of the unclipped ones.
 
     Judges made for photographs want [0, 1]. Mapping twice squeezes the contrast into [0.5, 1]
-    without an error, so images that are in [0, 1] already, or in bytes, are refused. A plain clip
+    without an error, so images that fill [0, 1] already, or bytes, are refused. A plain clip
     would leave saturated pixels without gradient for ever.
 
     Args:
@@ -37,7 +39,7 @@ def unit_range(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
             f"rewards take images in [-1, 1], got values from {low:g} to {high:g}: rescale them, "
             "or add a range penalty if training drove them there"
         )
-    if low >= 0 and high <= 1 and high > low:
+    if low >= 0 and high <= 1 and high - low > WIDE:
         raise ValueError(
             f"rewards take images in [-1, 1], got values from {low:g} to {high:g}, which looks "
             "like [0, 1]: pass 2 x - 1"

@@ -74,7 +74,7 @@ def parse_rewards(specs: Sequence[str], **needed: Any) -> Any:
     """One reward of several words, each `WEIGHT*REWARD` or a reward alone.
 
     Raises:
-        ValueError: as `parse_reward`; a weight that is no number, or no reward.
+        ValueError: as `parse_reward`; a weight that is no number, a reward named twice, or none.
 
     Example:
         >>> parse_rewards(["brightness", "-0.5*compressibility"]).weights
@@ -88,6 +88,8 @@ def parse_rewards(specs: Sequence[str], **needed: Any) -> Any:
             weights[word] = float(weight) if star else 1.0
         except ValueError:
             raise ValueError(f"{weight!r} is no weight: write 0.5*{word}") from None
+        if word in rewards:
+            raise ValueError(f"the reward {word!r} is given twice: add up its weights")
         rewards[word] = parse_reward(word, **needed)
     return RewardMix(rewards, weights)
 

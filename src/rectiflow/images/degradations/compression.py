@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from rectiflow.images.degradations.linear import Degradation
+from rectiflow.vectors.jpeg import from_blocks, rounding_steps, to_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-# ITU-T T.81, tables K.1 (brightness) and K.2 (colour), row by row.
-LUMA = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-)  # fmt: skip
-CHROMA = (
-    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
-    24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
-    *(99,) * 32,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,8 +42,7 @@ class JPEG(Degradation):
     quality: int = 50
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be in 1 to 100, got {self.quality}")
+        rounding_steps(self.quality, 1)
 
     def shape(self, image: Sequence[int]) -> tuple[int, ...]:
         if image[0] not in (1, 3):
@@ -68,34 +52,11 @@ class JPEG(Degradation):
     def _apply(self, images: Tensor) -> Tensor:
         _, channels, height, width = images.shape
         colour = _to_luma(images) if channels == 3 else images
-        extra = (0, -width % 8, 0, -height % 8)
-        padded = functional.pad(colour * 127.5, extra, mode="replicate")
-        cosines = _cosines().to(padded)
-        blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)
-        found = cosines @ blocks @ cosines.T
-        steps = self._steps(channels).to(padded)
+        found = to_blocks(colour * 127.5)
+        steps = rounding_steps(self.quality, channels).to(found)
         rounded = torch.round(found / steps) * steps
-        found = found + (rounded - found).detach()
-        blocks = cosines.T @ found @ cosines
-        whole = blocks.permute(0, 1, 2, 4, 3, 5).reshape(padded.shape)
-        whole = whole[..., :height, :width] / 127.5
+        whole = from_blocks(found + (rounded - found).detach(), height, width) / 127.5
         return _from_luma(whole) if channels == 3 else whole
-
-    def _steps(self, channels: int) -> Tensor:
-        """The multiples, `(channels, 1, 1, 8, 8)`."""
-        scale = 5000 / self.quality if self.quality < 50 else 200 - 2 * self.quality
-        tables = [LUMA] if channels == 1 else [LUMA, CHROMA, CHROMA]
-        values = torch.tensor(tables, dtype=torch.float64).reshape(-1, 1, 1, 8, 8)
-        return ((values * scale + 50) / 100).floor().clamp(1, 255)
-
-
-@functools.cache
-def _cosines() -> Tensor:
-    """The orthonormal cosine transform of eight numbers, one row a frequency."""
-    n = torch.arange(8, dtype=torch.float64)
-    rows = torch.cos(math.pi / 8 * (n + 0.5) * n[:, None]) * 0.5
-    rows[0] *= math.sqrt(0.5)
-    return rows
 
 
 def _to_luma(images: Tensor) -> Tensor:
