@@ -47,9 +47,9 @@ def write(folder: Path | str, step: int, state: dict[str, Any], *, keep: int = 2
             "free some space and resume"
         ) from error
     found = list_checkpoints(folder)
-    kept = [path for number, path in found if number <= step][-keep:]
+    newest = [path for number, path in found if number <= step][-keep:]
     for _, path in found:
-        if path not in kept:
+        if path not in newest:
             path.unlink(missing_ok=True)
     return target
 
