@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,12 +53,41 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "folder")
-            os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(target, old / "folder")
+                _put(temporary, target, old / "folder")
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
         flush(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def files_in(target: Path | str, written: str = "") -> Iterator[Path]:
+    """Yield a temporary folder whose files move into the folder `target` once the block succeeds.
+
+    Of the files that are there, those whose names match the regular expression `written` go, and
+    all others stay.
+
+    Raises:
+        FileExistsError: `target` is a file.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        target.mkdir(exist_ok=True)
+        for file in list(target.iterdir()):
+            if re.fullmatch(written, file.name) and file.is_file():
+                file.unlink()
+        for file in temporary.iterdir():
+            flush(file)
+            os.replace(file, target / file.name)
+        flush(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,6 +136,16 @@ def cache_folder() -> Path:
         return Path(chosen)
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "rectiflow"
+
+
+def _put(folder: Path, target: Path, old: Path) -> None:
+    """Give a folder its name, or give it back to the old one."""
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not target.exists():
+            os.replace(old, target)
+        raise
 
 
 def _umask() -> int:

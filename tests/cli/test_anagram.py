@@ -128,6 +128,10 @@ def test_a_pipeline_is_asked_by_prompts(
     assert np.load(out / "samples.npy").shape == (3, 3, 16, 16)
     shown = fails(["anagram", str(folder / "pipe"), *words], capsys)
     assert "exists: choose another --out or pass --overwrite" in shown
+    (out / "notes.txt").write_text("mine")
+    assert main(["anagram", str(folder / "pipe"), *words, "--no-reveal", "--overwrite"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"views.png", "samples.npy", "result.json", "notes.txt"}
 
 
 def test_the_reveal_moves_pixels_to_their_places(tmp_path: Path) -> None:

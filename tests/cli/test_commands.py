@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,7 @@ from rectiflow.flows import FlowModel, integrate
 from rectiflow.guidance import APG, ClassifierFreeGuidance
 from rectiflow.interop.export import run_program
 from rectiflow.nets import build
+from rectiflow.training.checkpoints import list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,19 @@ def test_sample_writes_sheet_array_and_folder(chain, tmp_path, capsys):
     assert len(list((tmp_path / "c").iterdir())) == 4
     message = fails(["sample", model, "--out", str(tmp_path / "b.png")], capsys)
     assert "exists: choose another --out or pass --overwrite" in message
+
+
+def test_overwriting_a_folder_of_samples_spares_the_rest(chain, tmp_path, capsys):
+    words = ["sample", str(chain / "one/model"), "--out", str(tmp_path / "c"), "--count"]
+    assert main([*words, "4"]) == 0
+    (tmp_path / "c/notes.txt").write_text("mine")
+    (tmp_path / "c/cat.png").write_text("mine")
+    assert main([*words, "2", "--overwrite"]) == 0
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["000000.png", "000001.png", "cat.png", "notes.txt"]
+    (tmp_path / "file").write_text("mine")
+    words = ["sample", str(chain / "one/model"), "--out", str(tmp_path / "file"), "--overwrite"]
+    assert "is a file: choose another --out" in fails(words, capsys)
 
 
 def test_sample_is_reproducible(chain, tmp_path):
@@ -150,6 +170,23 @@ def test_export_gives_the_models_samples(chain, tmp_path, capsys, suffix):
     torch.testing.assert_close(run_program(out, noise=noise), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_export_follows_the_models_own_solver(chain, tmp_path, capsys):
+    model = FlowModel.from_pretrained(chain / "flow/model")
+    out = tmp_path / "sampler.pt2"
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model.sampling = {"solver": "heun", "steps": 2}
+    model.save_pretrained(tmp_path / "heun")
+    assert main(["export", str(tmp_path / "heun"), "--out", str(out)]) == 0
+    with torch.no_grad():
+        expected = integrate(model, noise, 2, "heun")
+    torch.testing.assert_close(run_program(out, noise=noise), expected, rtol=1e-4, atol=1e-5)
+    model.sampling = {"solver": "renoise", "steps": 2}
+    model.save_pretrained(tmp_path / "renoise")
+    words = ["export", str(tmp_path / "renoise"), "--out", str(tmp_path / "b.pt2")]
+    message = fails(words, capsys)
+    assert "only fixed-step solvers can be exported, got 'renoise': choose euler" in message
+
+
 def test_cite_names_the_papers_used(chain, capsys):
     assert main(["cite", str(chain / "one")]) == 0
     assert "2209.03003" in capsys.readouterr().out
@@ -170,6 +207,69 @@ def test_resume_of_a_finished_run_keeps_its_model(chain, capsys):
     assert (chain / "flow/model/model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--net", "mlp"], "--net was mlp-2d, now mlp"),
+        (["--data", "photos", "--size", "8"], "--data was digits, now photos"),
+        (["--optim.name", "sgd"], "--optim.name was adam, now sgd"),
+        (["--steps", "5"], "is done, with --steps 3: for 5 start a new run"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(chain, capsys, words, message):
+    before = (chain / "flow/run.json").read_bytes()
+    own = ["--net", "mlp-2d", "--steps", "3", "--batch-size", "8", "--out", str(chain / "flow")]
+    assert message in fails(["train", *own, *words, "--resume"], capsys)
+    assert (chain / "flow/run.json").read_bytes() == before
+
+
+def test_a_corrected_command_takes_the_folder_of_a_refused_one(tmp_path, capsys):
+    words = ["train", "--net", "mlp-2d", "--steps", "2", "--batch-size", "8"]
+    words += ["--out", str(tmp_path / "run")]
+    assert main([*words, "--tract", "--tract-layer", "bodi"]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[0] == f"run folder: {tmp_path / 'run'}"
+    assert "unknown layer 'bodi'" in shown[1]
+    assert main(words) == 0
+
+
+def test_an_interrupt_ends_with_status_130_and_a_resume_goes_on(tmp_path):
+    words = ["train", "--net", "mlp-2d", "--batch-size", "8", "--checkpoint-every", "1000000"]
+    words += ["--log-every", "1", "--steps", "1000000", "--out", str(tmp_path / "run")]
+    # A job in the background of a shell inherits that interrupts are ignored.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from rectiflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 130, shown
+    last = re.findall(r"rectiflow: interrupted \(stopped at step (\d+)\)", shown)
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
+    assert [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")] == [int(last[0])]
+    words[words.index("--steps") + 1] = str(int(last[0]) + 2)
+    assert main([*words, "--resume"]) == 0
+    lineage = FlowModel.from_pretrained(tmp_path / "run/model").lineage
+    assert lineage[-1]["steps"] == int(last[0]) + 2
+
+
+def test_skipped_files_are_named_in_a_plain_line(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        pixels = np.full((8, 8), 20 * number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{number}.png")
+    (tmp_path / "images/bad.png").write_text("no picture")
+    words = ["train", "--data", f"folder:{tmp_path / 'images'}", "--net", "mlp-2d", "--steps", "1"]
+    assert main([*words, "--batch-size", "2", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("warning: skipped 1 in ") for line in shown)
+    assert not any("UserWarning" in line for line in shown)
+
+
 def test_pairs_of_another_model_are_refused(chain, capsys, tmp_path):
     words = [str(chain / "reflow/model"), "--pairs", str(chain / "pairs"), "--steps", "1"]
     message = fails(["reflow", *words, "--out", str(tmp_path / "x")], capsys)
@@ -182,7 +282,11 @@ def test_list_and_doctor_as_json(capsys):
     assert len(rows) == 41
     assert rows[0]["slug"] == "rectified-flow"
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["extras"]["app"] == []
+    extras = json.loads(capsys.readouterr().out)["extras"]
+    assert extras["app"] == []
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as stream:
+        listed = tomllib.load(stream)["project"]["optional-dependencies"]
+    assert set(extras) == set(listed) - {"bench", "dev", "docs", "all"}
 
 
 def test_config_file_gives_the_same_names(tmp_path):

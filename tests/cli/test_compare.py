@@ -171,6 +171,11 @@ def test_what_cannot_be_compared_is_refused(folders, names, message, capsys, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_data_are_compared_by_what_they_are_called():
+    bare = make(1, data={"name": "digits", "spec": "digits", "size": None, "channels": None})
+    check_comparable([Compared("demo", "x", make(0)), Compared("train", "y", bare)])
+
+
 def test_named_data_settle_the_question():
     entries = [Compared("a", "x", make(0)), Compared("b", "y", make(1, data={"spec": "photos"}))]
     with pytest.raises(ValueError, match="trained on digits and b on photos"):

@@ -74,6 +74,11 @@ def test_an_image_and_a_mask(folder, capsys):
     assert "1 images, dB PSNR" in capsys.readouterr().out
     again = ["inverse", str(folder / "run/model"), *SHORT, "--out", str(folder / "masked")]
     assert "exists: choose another --out or pass --overwrite" in fails(again, capsys)
+    (folder / "masked/notes.txt").write_text("mine")
+    inverse(folder, *words, "--step-size", "0.2", "--overwrite", out="masked")
+    assert {path.name for path in (folder / "masked").iterdir()} == {
+        "before-after.png", "restored.npy", "result.json", "notes.txt",
+    }  # fmt: skip
 
 
 def test_what_is_measured_already_is_restored_as_it_is(folder):

@@ -12,6 +12,7 @@ from tests.interop.pipelines import PROMPTS, noises, shared
 
 from rectiflow.cli import main
 from rectiflow.cli.models import Opened, attach_prompts, open_model
+from rectiflow.cli.options import choose_device
 from rectiflow.flows import FlowModel, sample
 from rectiflow.interop.diffusers import (
     decode_latents,
@@ -166,3 +167,16 @@ def test_what_does_not_fit_is_refused(folders, tmp_path, capsys) -> None:
     empty = Path(tmp_path / "empty")
     empty.mkdir()
     assert "not a rectiflow model folder" in says(str(empty))
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [str(choose_device(name)) for name in ("auto", "cpu")] == ["cuda", "cpu"]
+    # One GPU may be all that a process sees.
+    for rank, index in (("0", 0), ("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        found = [str(choose_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")]
+        assert found == [f"cuda:{index}", f"cuda:{index}", "cuda:0", "cpu"]

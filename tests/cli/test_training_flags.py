@@ -41,6 +41,24 @@ def test_same_names_in_a_file(tmp_path):
         from_toml(Settings, file)
 
 
+def test_flags_complete_a_file_before_it_is_checked(tmp_path):
+    file = tmp_path / "train.toml"
+    words = ["--config", str(file)]
+    file.write_text("[growth]\neta = 1\n")
+    settings = parse(Settings, [*words, "--batch-size", "auto"], command="train", summary="")
+    assert (settings.batch_size, settings.growth.eta, settings.steps) == ("auto", 1.0, 4000)
+    with pytest.raises(ValueError, match="add --batch-size auto"):
+        parse(Settings, words, command="train", summary="")
+    file.write_text("steps = 0\n[optim]\nclip_coordinates = 2\n")
+    with pytest.raises(ValueError, match=r"steps must be > 0|clip_coordinates must be in"):
+        parse(Settings, words, command="train", summary="")
+    with pytest.raises(ValueError, match="clip_coordinates must be in"):
+        parse(Settings, [*words, "--steps", "3"], command="train", summary="")
+    words += ["--steps", "3", "--optim.clip-coordinates", "0.5"]
+    settings = parse(Settings, words, command="train", summary="")
+    assert (settings.steps, settings.optim.clip_coordinates) == (3, 0.5)
+
+
 def test_all_trainings_take_both(tmp_path, capsys):
     flow = str(tmp_path / "flow")
     words = ["--net", "mlp-2d", *SHORT, *GROWING, "--growth.eta", "0.01", "--out", flow]

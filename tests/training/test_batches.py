@@ -90,6 +90,41 @@ def test_parts_of_all_processes_are_the_batch(processes, first, micro, parts):
     assert first <= batches.plan.size
 
 
+@pytest.mark.parametrize(
+    "processes, growth",
+    [
+        (8, GrowthSettings()),
+        (8, GrowthSettings(first=2)),
+        (2, GrowthSettings(parts=2)),
+        (2, GrowthSettings(first=2)),
+        (3, GrowthSettings(first=9, micro=4, parts=4)),
+    ],
+)
+def test_every_process_sees_a_part(processes, growth):
+    """The last pass of several shows their mean, and the noise is between the others."""
+    method, seen = FlowMatching(make_model(), Independent(DATA)), 0
+    for process in range(processes):
+        batches = Batches("auto", 1, growth, process=process, processes=processes)
+        assert batches.controller.due
+        assert growth.first <= batches.plan.size
+        method.model.zero_grad()
+        cuts = batches.begin(method.model.parameters())
+        for number, rows in enumerate(cuts):
+            method.loss(Draw.of(batches.plan.size, part=rows)).backward()
+            batches.observe(rows, last=number + 1 == len(cuts))
+        found = batches._watch.statistics()
+        seen += found.count
+    assert seen >= min(growth.parts, batches.plan.size // 2)
+
+
+def test_batches_that_cannot_be_tested_stay():
+    growth = GrowthSettings(first=2, largest=7)
+    batches = Batches("auto", 1, growth, processes=4)
+    assert not batches.controller.due
+    assert batches.begin(make_model().parameters()) == [slice(0, 1)]
+    batches.test()
+
+
 def test_every_sample_comes_once_an_epoch_while_batches_grow(tmp_path):
     seen = []
 

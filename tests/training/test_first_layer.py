@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,30 @@ def test_another_layer_may_be_named():
     moved = [name for name in plain if not torch.allclose(trained[name], plain[name], rtol=1e-4)]
     assert moved == [f"net.{layers[-1]}.weight"]
     assert torch.equal(first[moved[0]], plain[moved[0]])
+
+
+def test_modules_are_on_their_device_before_the_layer_is_looked_for(monkeypatch):
+    """The loss that shows the layer may use more than the model."""
+    events = []
+
+    class Both(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.judge = net, nn.Linear(2, 2)
+
+        def to(self, *place, **options):
+            events.append("moved")
+            return super().to(*place, **options)
+
+    class Judged(FlowMatching):
+        def phases(self):
+            return [replace(phase, module=Both(phase.module)) for phase in super().phases()]
+
+    looked = lambda *given, **options: events.append("looked")  # noqa: E731
+    monkeypatch.setattr("rectiflow.training.trainer.train_first_layer", looked)
+    method = make_method()
+    Trainer(Judged(method.model, method.coupling), TrainerSettings(tract=0.1))
+    assert events[:2] == ["moved", "looked"]
 
 
 def test_what_cannot_be_is_refused():

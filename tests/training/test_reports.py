@@ -50,6 +50,40 @@ def test_runs_are_guarded(tmp_path):
         Run(tmp_path / "file", "train")
 
 
+def test_a_run_goes_on_with_its_own_settings(tmp_path):
+    def begin(resume=True, **settings):
+        return Run(tmp_path / "a", "train", settings, resume=resume)
+
+    given = {"data": "digits", "steps": 4, "log_every": 5, "optim": {"name": "adam", "eps": 1e-8}}
+    begin(resume=False, **given)
+    with pytest.raises(ValueError, match=r"--data was digits, now photos; use the settings of"):
+        begin(**given | {"data": "photos"})
+    with pytest.raises(ValueError, match=r"--optim.name was adam, now sgd"):
+        begin(**given | {"optim": {"name": "sgd", "eps": 1e-8}})
+    assert json.loads((tmp_path / "a/run.json").read_text())["settings"] == given
+    # Longer, and shown otherwise; settings that the first run did not know.
+    with begin(**given | {"steps": 8, "log_every": 1, "fresh": 1}):
+        pass
+    with pytest.raises(ValueError, match=r"a is done, with --steps 8: for 9 start a new run"):
+        begin(**given | {"steps": 9})
+    assert begin(**given | {"steps": 8}).resumed
+
+
+def test_one_file_has_many_names(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Run("a", "reflow", {"model": "model"})
+    assert Run("a", "reflow", {"model": str(tmp_path / "model")}, resume=True).resumed
+
+
+def test_what_failed_before_it_wrote_leaves_its_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="broken"), Run(tmp_path / "a", "train"):
+        raise ValueError("broken")
+    (tmp_path / "a/metrics.jsonl").write_text("")
+    with pytest.raises(RunExistsError, match="not empty"):
+        Run(tmp_path / "a", "train")
+
+
 def test_new_folders_never_collide(tmp_path):
     first = new_folder("train", "digits", tmp_path)
     first.mkdir(parents=True)

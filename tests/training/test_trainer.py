@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from rectiflow.training import (
     optimizers,
 )
 from rectiflow.training.records import read_log
+from rectiflow.training.sessions import train_model
+from rectiflow.training.trainer import widest
 
 DATA = torch.randn(200, 2, generator=torch.Generator().manual_seed(5)) + 1
 
@@ -223,6 +226,91 @@ def test_resume_refuses_other_batches(tmp_path):
         train(20, folder=tmp_path, resume=True, seed=1)
 
 
+def test_overwritten_run_goes_on_as_itself(tmp_path):
+    """A long run, overwritten by another that is cut and resumed, leaves nothing of itself."""
+
+    def fit(folder, *, seed, steps=12, resume=False, cut=False):
+        def pull(trainer: Trainer, step: int) -> None:
+            if step == 7:
+                raise RuntimeError("pulled the plug")
+
+        method = FlowMatching(make_model(), Independent(DATA))
+        return train_model(
+            method,
+            settings(steps, seed=seed),
+            folder,
+            entry={"method": "flow"},
+            resume=resume,
+            callbacks=[pull] if cut else [],
+        )
+
+    expected = fit(tmp_path / "whole", seed=1)
+    fit(tmp_path / "run", seed=0, steps=30)
+    with pytest.raises(RuntimeError, match="plug"):
+        fit(tmp_path / "run", seed=1, cut=True)
+    assert not (tmp_path / "run/model").exists()
+    assert [s for s, _ in checkpoints.list_checkpoints(tmp_path / "run/checkpoints")] == [5]
+    resumed = fit(tmp_path / "run", seed=1, resume=True)
+    assert torch.equal(weights(resumed), weights(expected))
+    assert resumed.lineage[-1]["steps"] == 12
+    assert [row["step"] for row in read_log(tmp_path / "run/metrics.jsonl")][-1] == 12
+
+
+def test_checkpoints_of_later_steps_go(tmp_path):
+    for step in (3000, 4000):
+        checkpoints.write(tmp_path, step, {"step": step})
+    for step in (500, 1000, 1500):
+        checkpoints.write(tmp_path, step, {"step": step})
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [1000, 1500]
+
+
+def test_half_written_checkpoints_are_swept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in (".step-00000005.pt.x1y2z3", "notes.txt"):
+        (folder / name).write_text("part")
+    train(folder=tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["notes.txt", "step-00000010.pt", "step-00000012.pt"]
+
+
+def test_weights_that_no_loss_uses_do_not_hinder_a_resume(tmp_path):
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.used(x)
+
+    def fit(steps, folder, resume=False):
+        torch.manual_seed(0)
+        method = FlowMatching(FlowModel(Spare(), shape=(2,)), Independent(DATA))
+        options = settings(steps, optim=OptimizerSettings(learning_rate=1e-2))
+        return weights(Trainer(method, options, folder=folder).fit(resume=resume))
+
+    expected = fit(8, tmp_path / "whole")
+    fit(4, tmp_path / "cut")
+    assert torch.equal(fit(8, tmp_path / "cut", resume=True), expected)
+
+
+def test_gradients_are_unscaled_once_a_step(monkeypatch):
+    for fraction in (0.1, 0.0):
+        optim = OptimizerSettings(clip_coordinates=fraction)
+        trainer = Trainer(FlowMatching(make_model(), Independent(DATA)), settings(1, optim=optim))
+        calls = []
+        monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda: calls.append(1))  # noqa: B023
+        trainer.fit()
+        # A gradient scaler refuses a second time.
+        assert calls == [1]
+
+
+def test_sums_are_as_wide_as_the_device_allows():
+    # Apple's GPUs have no float64.
+    assert widest(torch.device("mps")) is torch.float32
+    assert widest(torch.device("cpu")) is torch.float64
+
+
 def test_nan_in_the_data_stops_with_its_place(tmp_path):
     data = DATA.clone()
     data[17, 1] = float("nan")
@@ -387,6 +475,9 @@ def test_condition_dropout_uses_the_null_label():
     [
         ({"steps": 0}, "steps must be > 0, got 0"),
         ({"batch_size": -4}, "batch_size must be > 0, got -4"),
+        ({"batch_size": 512 / 2}, "batch_size must be a whole number or 'auto', got 256.0"),
+        ({"batch_size": "often"}, "batch_size must be a whole number or 'auto', got 'often'"),
+        ({"batch_size": True}, "batch_size must be a whole number or 'auto', got True"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"precision": "bf"}, "did you mean 'bf16'"),
     ],
@@ -396,13 +487,24 @@ def test_settings_are_checked(changes, message):
         TrainerSettings(**changes)
 
 
+def test_whole_numbers_of_numpy_are_batch_sizes():
+    made = TrainerSettings(batch_size=np.int64(64))
+    assert type(made.batch_size) is int
+    assert made.batch_size == made.micro == 64
+
+
 def test_unknown_optimizer_suggests():
     with pytest.raises(ValueError, match="unknown optimizer 'adma': did you mean 'adam'"):
         OptimizerSettings(name="adma")
 
 
 def test_bf16_training_keeps_float32_weights():
-    model = train(precision="bf16")
+    model, seen = make_model(), set()
+    layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    layer.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    method = FlowMatching(model, Independent(DATA))
+    model = Trainer(method, settings(precision="bf16")).fit()
+    assert seen == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert weights(model).isfinite().all()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import check_guidance, counting, data_of, guided_by
+from rectiflow.cli.options import check_folder, check_guidance, counting, data_of, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -76,7 +76,7 @@ class Settings:
     out: Path = Path("anagram")
     """Folder for views.png, reveal.gif, samples.npy and result.json."""
     overwrite: bool = False
-    """Write over --out."""
+    """Write over the files in --out."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -101,8 +101,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="anagram", summary=COMMANDS["anagram"].summary)
     out = settings.out
-    if out.exists() and not settings.overwrite:
-        raise FileExistsError(f"{out} exists: choose another --out or pass --overwrite")
+    check_folder(out, overwrite=settings.overwrite)
     import torch
 
     from rectiflow.cli.inversion import finite
@@ -278,12 +277,12 @@ def _write(settings: Settings, record: dict[str, Any], anagram: Anagram, images:
     import torch
 
     from rectiflow.cli.reveal import write_reveal
-    from rectiflow.files import atomic_folder, write_json
+    from rectiflow.files import files_in, write_json
     from rectiflow.training.figures import save_images
 
     shown, views = anagram.shown(images), [view for view, _ in anagram.views]
     sheet = torch.stack(shown, 1).flatten(0, 1)
-    with atomic_folder(settings.out) as folder:
+    with files_in(settings.out, r"reveal\.gif") as folder:
         save_images(sheet, folder / "views.png", columns=len(views))
         if settings.reveal:
             write_reveal([one[:SHOWN] for one in shown], views, folder / "reveal.gif")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.options import DataOptions, OutputOptions, plain_warnings
 from rectiflow.cli.presets import chain_settings
 from rectiflow.cli.settings import parse
-from rectiflow.errors import unknown
+from rectiflow.errors import positive, unknown
 
 if TYPE_CHECKING:
     from rectiflow.distill.chain import ChainSettings
@@ -32,6 +31,7 @@ class Settings(OutputOptions, DataOptions):
 
     def __post_init__(self) -> None:
         self.check_output()
+        positive("samples", self.samples)
         if self.preset not in ("quick", "default"):
             raise unknown("preset", self.preset, ("quick", "default"))
 
@@ -55,16 +55,15 @@ def demonstrate(settings: Settings, chain: ChainSettings, train: Any, test: Any,
     from rectiflow.files import cache_folder, write_json
     from rectiflow.training.evaluation import Evaluator
 
-    print(f"run folder: {run.folder}", file=sys.stderr)
-    stages = make_one_step(train, chain, run.folder, spec=settings.data, resume=settings.resume)
     evaluator = Evaluator(
         train,
         test,
         count=min(settings.samples, 500) if settings.preset == "quick" else settings.samples,
         cache=cache_folder(),
     )
-    rows = [score(stage, evaluator, STEPS) for stage in stages]
     floor = evaluator.floor()
+    stages = make_one_step(train, chain, run.folder, spec=settings.data, resume=settings.resume)
+    rows = [score(stage, evaluator, STEPS) for stage in stages]
     metrics = {
         "data": train.name,
         "distance": evaluator.name,

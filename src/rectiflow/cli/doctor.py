@@ -29,7 +29,10 @@ EXTRAS = {
     ),
     "data": ("datasets", "pyarrow", "skimage"),
     "ot": ("ot",),
+    "diffusers": ("diffusers", "transformers"),
+    "lora": ("peft",),
     "fid": ("torch_fidelity",),
+    "lpips": ("lpips",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 
@@ -56,7 +59,7 @@ def main(words: Sequence[str]) -> int:
                 if not missing
                 else f"missing {', '.join(missing)}: pip install " + (f"'rectiflow[{name}]'")
             )
-            print(f"extra {name:<6}{state}")
+            print(f"extra {name:<10}{state}")
         print(f"{'fashion-mnist':<14}{facts['fashion-mnist']}")
     return 1 if facts["extras"]["app"] else 0
 

@@ -24,8 +24,8 @@ class Settings:
     """File to write: .onnx or .pt2 (torch.export)."""
     steps: int | None = None
     """Solver steps, fixed in the file; what the model was made for by default."""
-    solver: Literal["euler", "heun", "midpoint", "rk4"] = "euler"
-    """Fixed-step solver."""
+    solver: Literal["euler", "heun", "midpoint", "rk4"] | None = None
+    """Fixed-step solver; the model's own by default."""
     overwrite: bool = False
     """Write over --out."""
 

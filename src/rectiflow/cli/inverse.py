@@ -12,7 +12,7 @@ import tyro
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.inverse_tasks import cost_of, degradation_of, picture_of
 from rectiflow.cli.models import open_model
-from rectiflow.cli.options import check_guidance, counting, data_of, guided_by
+from rectiflow.cli.options import check_folder, check_guidance, counting, data_of, guided_by
 from rectiflow.cli.pictures import picture_shape, read_images
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
@@ -97,7 +97,7 @@ class Settings:
     out: Path = Path("inverse")
     """Folder for before-after.png, restored.npy and result.json."""
     overwrite: bool = False
-    """Write over --out."""
+    """Write over the files in --out."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -115,8 +115,7 @@ class Settings:
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="inverse", summary=COMMANDS["inverse"].summary)
-    if settings.out.exists() and not settings.overwrite:
-        raise FileExistsError(f"{settings.out} exists: choose another --out or pass --overwrite")
+    check_folder(settings.out, overwrite=settings.overwrite)
     import torch
 
     opened = open_model(
@@ -252,10 +251,10 @@ def _scores(
 def _write(out: Path, record: dict[str, Any], panels: dict[str, Tensor], restored: Tensor) -> None:
     import numpy as np
 
-    from rectiflow.files import atomic_folder, write_json
+    from rectiflow.files import files_in, write_json
     from rectiflow.training.figures import compare_samples
 
-    with atomic_folder(out) as folder:
+    with files_in(out) as folder:
         compare_samples(panels, folder / "before-after.png", title=record["degradation"])
         np.save(folder / "restored.npy", restored.clamp(-1, 1).numpy())
         write_json(folder / "result.json", record)

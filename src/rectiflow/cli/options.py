@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,13 @@ class OutputOptions:
             raise ValueError("--resume needs --out: the run folder to go on with")
 
     def open(self, command: str, name: str = "") -> Run:
-        """The run of a command, with these settings."""
+        """The run of a command, with these settings; says on stderr where it is."""
         self.check_output()
         folder = self.out if self.out is not None else new_folder(command, name)
-        return Run(folder, command, self, resume=self.resume, overwrite=self.overwrite)
+        run = Run(folder, command, self, resume=self.resume, overwrite=self.overwrite)
+        if run.main:
+            print(f"run folder: {run.folder}", file=sys.stderr)
+        return run
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,14 @@ class DiagnoseOptions:
 
         every = self.diagnose_every or max(1, settings.steps // 20)
         return diagnoses(self.diagnose, method, every=every, batch_size=settings.micro)
+
+
+def check_folder(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder to write into that is a file, or that is there unless told so."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out or pass --overwrite")
 
 
 def watching(found: Sequence[Any], run: Run) -> list[Any]:
@@ -178,13 +190,17 @@ def guided_by(
 def choose_device(name: str) -> Any:
     """A torch device: auto takes a GPU when there is one.
 
+    Of several processes on one machine each takes a GPU of its own.
+
     Raises:
         ValueError: the device is not available.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,8 @@ def _fit(
     target = run.path(RECTIFIER)
     if settings.resume and target.is_dir():
         return ConditionRectifier.from_pretrained(target), {}
+    if run.main:
+        shutil.rmtree(target, ignore_errors=True)
 
     def contrast(model: object = None) -> float:
         # Seeds of the noises that training does not draw.

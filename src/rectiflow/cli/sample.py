@@ -11,7 +11,7 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.models import open_model
-from rectiflow.cli.options import check_guidance, counting, guided_by
+from rectiflow.cli.options import check_folder, check_guidance, counting, guided_by
 from rectiflow.cli.settings import parse
 from rectiflow.cli.steering import steering
 from rectiflow.errors import positive
@@ -55,7 +55,7 @@ class Settings:
     batch_size: int = 256
     """Images computed together."""
     overwrite: bool = False
-    """Write over --out."""
+    """Write over --out; of a folder, over the images in it that sample wrote."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -71,12 +71,15 @@ def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="sample", summary=COMMANDS["sample"].summary)
     out = settings.out
-    if out.exists() and not settings.overwrite:
-        raise FileExistsError(f"{out} exists: choose another --out or pass --overwrite")
     if out.suffix not in (".png", ".npy", ""):
         raise ValueError(f"--out must be a .png, a .npy or a folder, got {out}")
+    if not out.suffix:
+        check_folder(out, overwrite=settings.overwrite)
+    elif out.exists() and not settings.overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out or pass --overwrite")
     import torch
 
+    from rectiflow.cli.pictures import picture_shape
     from rectiflow.flows import sample
 
     opened = open_model(
@@ -88,6 +91,8 @@ def main(words: Sequence[str]) -> int:
         init=settings.init,
         pipeline=settings.pipeline,
     )
+    if out.suffix != ".npy":
+        picture_shape(opened)
     guided = None
     if settings.guidance is not None:
         guided = guided_by(opened.model, settings.guidance, negative=opened.negative)
@@ -118,7 +123,7 @@ def _write(images: object, out: Path) -> None:
     import numpy as np
     import torch
 
-    from rectiflow.files import atomic_folder, atomic_path
+    from rectiflow.files import atomic_path, files_in
     from rectiflow.training.figures import save_images, tile
 
     assert isinstance(images, torch.Tensor)
@@ -130,6 +135,6 @@ def _write(images: object, out: Path) -> None:
     else:
         from PIL import Image
 
-        with atomic_folder(out) as temporary:
+        with files_in(out, r"\d{6}\.png") as temporary:
             for index, image in enumerate(images):
                 Image.fromarray(tile(image[None]).numpy()).save(temporary / f"{index:06d}.png")

@@ -8,13 +8,15 @@ import io
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rectiflow.errors import require, unknown
 
 T = TypeVar("T")
+# Makes settings of a class from values by name.
+Make = Callable[[Any, dict[str, Any]], Any]
 # Flags that may stand alone, with what they then mean.
 ALONE = {"--tract": "0.1"}
 
@@ -47,7 +49,7 @@ def parse(
 
     words, file = _config_file(_spelled_out(arguments))
     if file is not None:
-        defaults = from_toml(kind, file, defaults)
+        defaults = _read(kind, file, defaults, _unchecked)
     options: dict[str, Any] = {} if defaults is None else {"default": defaults}
     complaint = io.StringIO()
     try:
@@ -121,16 +123,34 @@ def _config_file(words: list[str]) -> tuple[list[str], Path | None]:
 
 def from_toml(kind: type[T], file: Path, defaults: T | None = None) -> T:
     """Settings from a TOML file over defaults. Dashes and underscores are alike in names."""
+    return _read(kind, file, defaults, lambda kind, values: kind(**values))
+
+
+def _unchecked(kind: Any, values: dict[str, Any]) -> Any:
+    """Settings that were not looked at as a whole: flags may still change them."""
+    made = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in values:
+            value = values[field.name]
+        elif callable(field.default_factory):
+            value = field.default_factory()
+        else:
+            value = field.default
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+def _read(kind: Any, file: Path, defaults: Any, make: Make) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from None
-    return _fill(kind, table, defaults, str(file))
+    return _fill(kind, table, defaults, str(file), make)
 
 
-def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
+def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str, make: Make) -> Any:
     import tyro
 
     hints = typing.get_type_hints(kind)
@@ -147,7 +167,7 @@ def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
             inner, factory = values.get(name), fields[name].default_factory
             if inner is None and callable(factory):
                 inner = factory()
-            values[name] = _fill(hint, value, inner, f"{where} [{key}]")
+            values[name] = _fill(hint, value, inner, f"{where} [{key}]", make)
         else:
             values[name] = _value(key, value, hint, where)
     for name, field in fields.items():
@@ -155,7 +175,7 @@ def _fill(kind: Any, table: dict[str, Any], defaults: Any, where: str) -> Any:
         if required and name not in values:
             # The flag may still come; tyro asks for it if it does not.
             values[name] = tyro.MISSING
-    return kind(**values)
+    return make(kind, values)
 
 
 def _value(key: str, value: Any, hint: Any, where: str) -> Any:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rectiflow.cli.commands import COMMANDS
-from rectiflow.cli.options import DataOptions, DiagnoseOptions, OutputOptions, watching
+from rectiflow.cli.options import (
+    DataOptions,
+    DiagnoseOptions,
+    OutputOptions,
+    plain_warnings,
+    watching,
+)
 from rectiflow.cli.settings import parse
 from rectiflow.errors import unknown
 from rectiflow.training.trainer import TrainerSettings
@@ -40,7 +46,8 @@ class Settings(OutputOptions, TrainerSettings, DataOptions, DiagnoseOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="train", summary=COMMANDS["train"].summary)
-    run(settings)
+    with plain_warnings():
+        run(settings)
     return 0
 
 

@@ -23,7 +23,7 @@ from rectiflow.nets import build
 from rectiflow.training.data import ImageData
 from rectiflow.training.flow_matching import FlowMatching
 from rectiflow.training.progress import Stopwatch, bar
-from rectiflow.training.sessions import train_model
+from rectiflow.training.sessions import forget, train_model
 from rectiflow.training.trainer import TrainerSettings
 
 
@@ -103,7 +103,8 @@ def make_one_step(
         folder: receives `flow/`, `reflow-1/`, ..., `one-step/` (each with `model/`), and the pairs.
         spec: the spec string of the data, recorded so that the models can be evaluated later.
         net: makes the network; the preset of the settings by default.
-        resume: keep complete stages and go on inside the unfinished one.
+        resume: keep complete stages and go on inside the unfinished one; without it the stages of
+            an earlier chain are removed.
 
     Source: arXiv 2209.03003, algorithm 1, with distillation (section 2.2) as the last stage.
     """
@@ -118,6 +119,9 @@ def make_one_step(
     about: dict[str, Any] = {"name": data.name, "classes": list(data.classes)}
     if spec is not None:
         about.update(spec=spec, size=data.shape[-1], channels=data.shape[0])
+    if not resume:
+        for stage in ("flow", *(f"reflow-{n + 1}" for n in range(settings.rounds)), "one-step"):
+            forget(folder / stage)
     start = FlowModel(made, shape=data.shape, data=about)
     unlabelled = replace(data, labels=None, classes=())
     source = data if start.conditional else unlabelled
@@ -135,9 +139,7 @@ def make_one_step(
     for number in range(1, settings.rounds + 1):
         key = f"reflow-{number}"
         with Stopwatch() as watch:
-            store = _pairs(
-                model, folder / f"pairs-{number}", source, settings, number, resume=resume
-            )
+            store = _pairs(model, folder / f"pairs-{number}", source, settings, number)
             model = train_model(
                 Reflow(model, StoredPairs(store)),
                 reflow,
@@ -151,7 +153,7 @@ def make_one_step(
         stages.append(Stage(key, title, model, folder / key, watch.seconds))
     with Stopwatch() as watch:
         number = settings.rounds + 1
-        store = _pairs(model, folder / f"pairs-{number}", source, settings, number, resume=resume)
+        store = _pairs(model, folder / f"pairs-{number}", source, settings, number)
         student = train_model(
             OneStepDistillation(model, StoredPairs(store)),
             distil,
@@ -166,13 +168,7 @@ def make_one_step(
 
 
 def _pairs(
-    model: FlowModel,
-    folder: Path,
-    data: ImageData,
-    settings: ChainSettings,
-    number: int,
-    *,
-    resume: bool,
+    model: FlowModel, folder: Path, data: ImageData, settings: ChainSettings, number: int
 ) -> Any:
     with bar(f"pairs {number}", settings.pairs.count, unit="pairs") as progress:
         return generate_pairs(
@@ -185,5 +181,7 @@ def _pairs(
             # Other noises than the evaluation's and than the other rounds'.
             seed=settings.seed * 1000 + number,
             conditions=data if model.conditional else None,
+            # Pairs of this teacher are kept; only those of an earlier chain go.
+            overwrite=True,
             progress=progress.update,
         )

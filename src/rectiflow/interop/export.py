@@ -44,7 +44,7 @@ def export_sampler(
     path: Path | str,
     *,
     steps: int | Sequence[float] | None = None,
-    solver: str | RungeKutta = "euler",
+    solver: str | RungeKutta | None = None,
 ) -> float:
     """Write a model's sampler with a fixed number of steps, and check it against the model.
 
@@ -55,7 +55,7 @@ def export_sampler(
         model: the model.
         path: `.onnx` for ONNX Runtime and others, `.pt2` for `torch.export.load`.
         steps: solver steps or grid of times; the model's own by default.
-        solver: a fixed-step Runge-Kutta solver.
+        solver: a fixed-step Runge-Kutta solver; the model's own by default.
 
     Returns:
         the largest absolute difference between the program's samples and the model's.
@@ -67,9 +67,13 @@ def export_sampler(
     path = Path(path)
     if path.suffix not in (ONNX, PROGRAM):
         raise ValueError(f"the file must end in {ONNX} or {PROGRAM}, got {path.name!r}")
-    method = resolve(solver)
+    chosen = solver if solver is not None else model.sampling["solver"]
+    method = resolve(chosen)
     if not isinstance(method, RungeKutta):
-        raise ValueError(f"only fixed-step solvers can be exported, got {solver!r}")
+        raise ValueError(
+            f"only fixed-step solvers can be exported, got {chosen!r}: choose euler, heun, "
+            "midpoint or rk4"
+        )
     if model.shape is None:
         raise ValueError("the model does not know its sample shape: set shape=")
     grid = time_grid(steps if steps is not None else model.sampling["steps"])

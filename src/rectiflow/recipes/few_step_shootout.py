@@ -9,6 +9,7 @@ in the run folder; `rectiflow run few-step-shootout --resume` goes on with model
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,8 +150,10 @@ def run(settings: Settings, run: Run) -> Result:
     pixels: dict[str, list[float]] = {name: [] for name in settings.arms}
     seconds: dict[str, list[float]] = {name: [] for name in settings.arms}
     teachers: dict[str, list[float]] = {name: [] for name in settings.arms}
-    for seed in settings.seeds:
-        place = run.path(f"seed-{seed}")
+    places = {seed: run.path(f"seed-{seed}") for seed in settings.seeds}
+    for place in () if run.resumed else places.values():
+        shutil.rmtree(place, ignore_errors=True)
+    for seed, place in places.items():
         made = _train_all(settings, train, place, seed, resume=run.resumed)
         teacher = made[TEACHER].model
         careful: dict[int, float] = {}
@@ -262,7 +265,8 @@ def _train_all(
                     solver="euler",
                     steps=settings.teacher_steps,
                     seed=seed,
-                    overwrite=not resume,
+                    # Pairs of this teacher are kept; only those of an earlier one go.
+                    overwrite=True,
                 )
             timing = folder / f"pairs of {key}, {TIMING}"
             stores[key] = StoredPairs(store), _first_time(timing, clock.seconds, resume)

@@ -22,7 +22,7 @@ class GrowthSettings:
     """How `--batch-size auto` grows batches."""
 
     first: int = 32
-    """Samples of the first batch."""
+    """Samples of the first batch; with several processes at least two on each."""
     largest: int = 2048
     """Most samples of a batch."""
     micro: int = 256
@@ -44,9 +44,11 @@ class GrowthSettings:
     def controller(self, processes: int) -> BatchSizeController:
         """A controller with these settings."""
         positive("micro", self.micro)
+        # The noise is seen between micro-batches of one process, of which it takes two.
+        least = min(2 * processes, self.largest) if processes > 1 else 1
         return BatchSizeController(
             NormTest(self.eta),
-            self.first,
+            max(self.first, least),
             b_max=self.largest,
             interval=self.interval,
             processes=processes,
@@ -119,7 +121,12 @@ class Batches:
         if self.controller is None or not self.controller.due:
             return self.micros()
         each = plan.micro * plan.accumulate
-        count = min(each, max(plan.accumulate, math.ceil(self.parts / plan.processes)))
+        # The last pass of several processes shows their mean alone.
+        unseen = int(plan.processes > 1)
+        wanted = math.ceil(self.parts / plan.processes) + unseen
+        count = min(each, max(plan.accumulate, wanted))
+        if count == unseen:
+            return self.micros()
         size = each // count
         self._watch = MicroBatchStatistics(parameters, unit=size, times=each / size / scale)
         return self._cut(count)

@@ -12,6 +12,8 @@ import torch
 from rectiflow.files import atomic_path
 
 NAME = re.compile(r"step-(\d{8})\.pt")
+PART = re.compile(rf"\.{NAME.pattern}\..+")
+"""Name of a file that was being written."""
 
 
 def list_checkpoints(folder: Path | str) -> list[tuple[int, Path]]:
@@ -24,9 +26,10 @@ def list_checkpoints(folder: Path | str) -> list[tuple[int, Path]]:
 
 
 def write(folder: Path | str, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write the checkpoint of a step and remove all but the newest `keep`.
+    """Write the checkpoint of a step and remove all but the newest `keep` up to it.
 
-    The older ones go only after the new one is on disk: a full disk or a kill leaves them intact.
+    The others go only after the new one is on disk: a full disk or a kill leaves them intact.
+    Those of later steps are of an earlier training and go too.
 
     Raises:
         OSError: the disk refused the file; earlier checkpoints are untouched.
@@ -43,9 +46,26 @@ def write(folder: Path | str, step: int, state: dict[str, Any], *, keep: int = 2
             f"the checkpoint of step {step} could not be written to {folder} ({error}); {last}: "
             "free some space and resume"
         ) from error
-    for _, old in list_checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    found = list_checkpoints(folder)
+    newest = [path for number, path in found if number <= step][-keep:]
+    for _, path in found:
+        if path not in newest:
+            path.unlink(missing_ok=True)
     return target
+
+
+def clear(folder: Path | str) -> None:
+    """Remove all checkpoints of a folder."""
+    for _, path in list_checkpoints(folder):
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove what a killed training left half written."""
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def read_newest(folder: Path | str, *, map_location: Any = "cpu") -> dict[str, Any] | None:

@@ -13,8 +13,7 @@ from rectiflow.flows.first_order_gap import FirstOrderGap, first_order_gap
 from rectiflow.flows.sampling import sample
 from rectiflow.training.progress import Stopwatch
 from rectiflow.training.report import Table
-from rectiflow.training.runs import PIPELINE
-from rectiflow.training.sessions import MODEL
+from rectiflow.training.runs import MODEL, PIPELINE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -138,7 +137,7 @@ def check_comparable(entries: Sequence[Compared], *, data: str | None = None) ->
     if data is not None:
         return
     for entry in entries:
-        if _data(entry.model) != _data(first.model):
+        if entry.model.data.get("spec") != first.model.data.get("spec"):
             ours, theirs = (e.model.data.get("spec", "unnamed data") for e in (first, entry))
             raise ValueError(
                 f"{first.title} was trained on {ours} and {entry.title} on {theirs}: compare "
@@ -148,10 +147,6 @@ def check_comparable(entries: Sequence[Compared], *, data: str | None = None) ->
 
 def _sides(model: FlowModel) -> str:
     return "x".join(map(str, model.shape or ()))
-
-
-def _data(model: FlowModel) -> tuple[Any, ...]:
-    return tuple(model.data.get(key) for key in ("spec", "size", "channels"))
 
 
 def describe_sampling(model: FlowModel) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 
@@ -34,17 +34,17 @@ def restore_phase(
     module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 ) -> None:
     """Load what `phase_state` gave."""
-    options = StateDictOptions(full_state_dict=True)
     weights, moments = saved["module"], saved["optimizer"]
-    # Buffers are kept by the names of their weights, numbers alone by the weights' places.
-    if moments is None or isinstance(moments["param_groups"][0]["params"][0], int):
-        set_model_state_dict(module, weights, options=options)
-        if moments is not None:
-            optimizer.load_state_dict(moments)
+    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    if moments is None:
         return
-    set_state_dict(
-        module, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
-    )
+    # Buffers are kept by the names of their weights, numbers alone by the weights' places.
+    if isinstance(moments["param_groups"][0]["params"][0], int):
+        optimizer.load_state_dict(moments)
+        return
+    # A weight that no loss uses has no state.
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(module, optimizer, moments, options=options)
 
 
 def _keeps_buffers(optimizer: torch.optim.Optimizer) -> bool:

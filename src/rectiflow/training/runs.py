@@ -15,10 +15,26 @@ from typing import Any
 from rectiflow import __version__
 from rectiflow.errors import RunExistsError
 from rectiflow.files import read_json, write_json
+from rectiflow.training.acceleration import flat
 
 RECORD = "run.json"
+MODEL = "model"
+"""The folder in which a run leaves its model."""
 PIPELINE = "model_index.json"
 """The file by which a folder is a diffusers pipeline."""
+FREE = frozenset(
+    (
+        # What a run shows, keeps and runs on.
+        *("out", "resume", "overwrite", "device", "tracker", "log_every", "checkpoint_every"),
+        *("keep", "compile", "diagnose", "diagnose_every", "keep_adapters", "export_pipeline"),
+        *("report", "pictures", "samples"),
+        # The trainer compares batches over all processes.
+        *("batch_size", "accumulate"),
+    )
+)
+"""Settings that may differ when a run goes on."""
+LENGTHS = ("steps", "iters")
+"""Settings that may differ as long as it is not done."""
 
 
 class Run:
@@ -28,15 +44,18 @@ class Run:
     `rectiflow cite`), and how it ended.
 
     Args:
-        folder: the folder; it must be new or empty unless `resume` or `overwrite` is set.
+        folder: the folder; it must be new or empty, or hold only the record of a run that failed
+            before it wrote anything, unless `resume` or `overwrite` is set.
         command: what is run.
         settings: the resolved settings: a dataclass or a table of plain values.
-        resume: go on in a folder of the same command.
-        overwrite: start anew in a folder that holds a run; its files stay until rewritten.
+        resume: go on in a folder of the same command and settings.
+        overwrite: start anew in a folder that holds a run; a training removes the model and the
+            checkpoints that it finds, other files stay until rewritten.
 
     Raises:
         RunExistsError: the folder is in use and neither flag is set.
-        ValueError: `resume` in a folder of another command.
+        ValueError: `resume` in a folder of another command, with other settings, or of a run that
+            is done with another number of steps.
     """
 
     def __init__(
@@ -55,7 +74,8 @@ class Run:
         before = read_json(record) if record.is_file() else None
         if self.folder.exists() and not self.folder.is_dir():
             raise RunExistsError(f"{self.folder} is a file: choose another --out")
-        taken = self.folder.is_dir() and any(self.folder.iterdir())
+        taken = self.folder.is_dir() and any(p.name != RECORD for p in self.folder.iterdir())
+        taken = taken or (before is not None and before["status"] != "failed")
         if self.main and taken and not (resume or overwrite):
             raise RunExistsError(
                 f"{self.folder} is not empty: choose another --out, continue it with --resume, or "
@@ -67,11 +87,14 @@ class Run:
                 "resume"
             )
         self.resumed = bool(resume and before is not None)
+        chosen = plain(settings)
+        if self.resumed and before:
+            self._check_resumed(before, chosen)
         self._record = {
             "command": command,
             "status": "running",
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "settings": plain(settings),
+            "settings": chosen,
             "environment": environment(),
             "systems": before["systems"] if self.resumed and before else [],
         }
@@ -87,6 +110,23 @@ class Run:
             self._end("interrupted")
         else:
             self._end("failed", reason=f"{kind.__name__}: {error}")
+
+    def _check_resumed(self, before: dict[str, Any], chosen: Any) -> None:
+        """Refuse to go on with other settings than the run was begun with."""
+        own, new = (flat(one or {}) for one in (before["settings"], chosen))
+        for name in (name for name in own if name in new and name not in {*FREE, *LENGTHS}):
+            if not _same(own[name], new[name]):
+                raise ValueError(
+                    f"cannot resume {self.folder}: --{name.replace('_', '-')} was {own[name]}, now "
+                    f"{new[name]}; use the settings of the first run or start a new one"
+                )
+        done = before["status"] == "done" or self.path(MODEL).is_dir()
+        for name in LENGTHS:
+            if done and own.get(name) != new.get(name):
+                raise ValueError(
+                    f"{self.folder} is done, with --{name} {own.get(name)}: for {new.get(name)} "
+                    "start a new run"
+                )
 
     def path(self, name: str) -> Path:
         """A path in the folder."""
@@ -170,3 +210,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [plain(v) for v in value]
     return str(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are equal, or names of one file or folder."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rectiflow.flows.artifact import identity
 from rectiflow.flows.fields import FlowModel
+from rectiflow.training import checkpoints
 from rectiflow.training.method import Method
-from rectiflow.training.runs import plain
-from rectiflow.training.trainer import Trainer, TrainerSettings
-
-MODEL = "model"
+from rectiflow.training.runs import MODEL, plain
+from rectiflow.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
 
 
 def train_model(
@@ -36,7 +36,8 @@ def train_model(
         entry: what the lineage says of this training; `method` names it.
         parent: the model it started from or learned from.
         title: shown beside the progress bar.
-        resume: go on from the newest checkpoint; a finished model is returned as it is.
+        resume: go on from the newest checkpoint; a finished model is returned as it is. Without it
+            model and checkpoints of an earlier training are removed.
         callbacks: see `Trainer`.
         finish: makes of the trained model the one that is kept, such as by merging adapters.
     """
@@ -45,6 +46,8 @@ def train_model(
     if resume and target.is_dir():
         return FlowModel.from_pretrained(target)
     trainer = Trainer(method, settings, folder=folder, title=title, callbacks=callbacks)
+    if not resume and trainer.accelerator.is_main_process:
+        forget(folder)
     model = trainer.fit(resume=resume)
     if finish is not None:
         model = finish(model)
@@ -65,3 +68,10 @@ def train_model(
         model.save_pretrained(target, overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return model
+
+
+def forget(folder: Path | str) -> None:
+    """Remove the model and the checkpoints of a training from its folder."""
+    folder = Path(folder)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
+    checkpoints.clear(folder / CHECKPOINTS)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ from rectiflow.training.phase_state import phase_state, restore_phase
 from rectiflow.training.progress import bar
 from rectiflow.training.random_state import random_state, set_random_state
 from rectiflow.training.records import MetricsLog
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
             positive(name, getattr(self, name))
-        if isinstance(self.batch_size, int):
+        if self.batch_size != "auto":
+            object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
             positive("batch_size", self.batch_size)
             if self.growth != GrowthSettings():
                 raise ValueError("--growth.* is for batches that grow: add --batch-size auto")
@@ -157,6 +161,8 @@ class Trainer:
         self.device = self.accelerator.device
         self.phases = list(method.phases())
         method.model.to(self.device)
+        for phase in self.phases:
+            phase.module.to(self.device)
         processes = int(self.accelerator.num_processes)
         self.batches = Batches(
             self.settings.batch_size,
@@ -190,7 +196,6 @@ class Trainer:
         ]
         self._modules, self._optimizers = [], []
         for phase, options in zip(self.phases, self._options):
-            phase.module.to(self.device)
             optimizer = optimizers.build(phase.module.parameters(), options)
             curvature.check(optimizer, phase, compiled=self.settings.compile)
             module, optimizer = self.accelerator.prepare(PhaseModule(phase), optimizer)
@@ -204,7 +209,8 @@ class Trainer:
         """Train to the last step and return the averaged model.
 
         Args:
-            resume: go on from the newest checkpoint in the folder, if there is one.
+            resume: go on from the newest checkpoint in the folder, if there is one; without it the
+                folder's checkpoints are removed.
 
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
@@ -212,15 +218,19 @@ class Trainer:
             OSError: a checkpoint could not be written; earlier ones are intact.
         """
         settings = self.settings
-        if resume and self.folder is not None:
-            self._resume()
+        if self._folder is not None and self._writes:
+            checkpoints.sweep(self._folder)
+            if not resume:
+                checkpoints.clear(self._folder)
+        if resume and self._folder is not None:
+            self._resume(self._folder)
         path = self.folder / "metrics.jsonl" if self.folder is not None else None
         log = MetricsLog(path if self._writes else None, self.step)
         self.accelerator.init_trackers("rectiflow", config=flat(asdict(settings)))
         for phase in self.phases:
             phase.module.train()
         shown = self.accelerator.is_main_process
-        window = torch.zeros(len(self.phases), dtype=torch.float64, device=self.device)
+        window = torch.zeros(len(self.phases), dtype=widest(self.device), device=self.device)
         since = self.step
         with (
             interruptible() as interrupted,
@@ -305,7 +315,10 @@ class Trainer:
                 accelerator.unscale_gradients()
                 clip_coordinates_(phase.module.parameters(), options.clip_coordinates)
             if options.clip_norm:
-                accelerator.clip_grad_norm_(phase.module.parameters(), options.clip_norm)
+                # Accelerate's own takes out the scale of fp16, which is allowed once a step.
+                clipped = bool(options.clip_coordinates)
+                clip = nn.utils.clip_grad_norm_ if clipped else accelerator.clip_grad_norm_
+                clip(phase.module.parameters(), options.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.batches.advance()
@@ -360,7 +373,7 @@ class Trainer:
 
     @property
     def _folder(self) -> Path | None:
-        return self.folder / "checkpoints" if self.folder is not None else None
+        return self.folder / CHECKPOINTS if self.folder is not None else None
 
     @property
     def _writes(self) -> bool:
@@ -383,9 +396,8 @@ class Trainer:
             checkpoints.write(self._folder, self.step, state, keep=self.settings.keep)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        assert self._folder is not None
-        state = checkpoints.read_newest(self._folder, map_location="cpu")
+    def _resume(self, folder: Path) -> None:
+        state = checkpoints.read_newest(folder, map_location="cpu")
         if state is None:
             return
         for name, own in (("seed", self.settings.seed), ("size", self.batches.kind)):
@@ -401,3 +413,15 @@ class Trainer:
         set_random_state(state["random"], self.device)
         self.step = int(state["step"])
         self.batches.load_state_dict(state["batches"])
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating type of a device; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number as an int, NumPy's included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number or 'auto', got {value!r}")
+    return int(value)

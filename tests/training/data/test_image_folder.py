@@ -322,3 +322,31 @@ def test_failure_while_decoding_leaves_no_cache(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         load(f"folder:{folder}", cache=cache, progress=stop)
     assert list(cache.iterdir()) == []
+
+
+def test_two_processes_may_decode_at_once(tmp_path, monkeypatch):
+    folder, cache = write_folder(tmp_path / "images", coloured(5)), tmp_path / "cache"
+    real = os.replace
+
+    def slower(source, target):
+        if os.path.isdir(source):
+            # The other process is done in the moment before this one puts its folder there.
+            monkeypatch.setattr(os, "replace", real)
+            load(f"folder:{folder}", split="all", cache=cache)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", slower)
+    found = load(f"folder:{folder}", split="all", cache=cache)
+    assert sorted(found.images[:, 0, 0, 0]) == [0, 1, 2, 3, 4]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_full_disk_is_no_other_process(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "images", coloured(5))
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        load(f"folder:{folder}", cache=tmp_path / "cache")

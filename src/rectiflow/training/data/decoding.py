@@ -120,14 +120,19 @@ def _decode(name: str, items: Items, stamp: Any, order: np.ndarray, settings: Se
         images = np.empty(shape, np.uint8)
         kept, skipped = _fill(images, name, items, order, bad, settings)
         return Decoded(images[: len(kept)], kept, skipped)
-    with atomic_folder(cache / folder) as temporary:
-        images = _new_map(temporary / "images.npy", shape)
-        kept, skipped = _fill(images, name, items, order, bad, settings)
-        images.flush()
-        write_json(temporary / "index.json", {"kept": kept.tolist(), "skipped": skipped})
+    trouble: OSError | None = None
+    try:
+        with atomic_folder(cache / folder) as temporary:
+            images = _new_map(temporary / "images.npy", shape)
+            kept, skipped = _fill(images, name, items, order, bad, settings)
+            images.flush()
+            write_json(temporary / "index.json", {"kept": kept.tolist(), "skipped": skipped})
+    except OSError as error:
+        # Another process may have put the same cache there in the meantime.
+        trouble = error
     found = _open_cache(cache / folder)
     if found is None:
-        raise OSError(f"the cache {cache / folder} cannot be read back")
+        raise trouble or OSError(f"the cache {cache / folder} cannot be read back")
     return found
 
 
