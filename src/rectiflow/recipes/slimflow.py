@@ -166,7 +166,10 @@ def _fall(before: Sequence[float], after: Sequence[float]) -> tuple[float]:
 
 
 def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[Check]:
-    """The specification's rules; where it asks for a mean over seeds, the mean is one value."""
+    """The specification's rules; where it asks for a mean over seeds, the mean is one value.
+
+    As good as the teacher's first step, within a thousandth, is not better.
+    """
     few = settings.pairs[0]
     paired, annealed = (
         [one.annealing[few][arm].one for one in found] for arm in (PAIRED, ANNEALED)
@@ -179,7 +182,7 @@ def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[C
             f"annealing, {few} pairs: fall of the mean {distance} in one step",
             _fall(paired, annealed),
             at_least=0.03,
-            broken=0.0,
+            broken=0.001,
         ),
         Check(
             "mirrored pairs: fall of the error on held-out pairs",
@@ -190,12 +193,12 @@ def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[C
         Check(
             f"guided: {distance}, student's first step / teacher's",
             ratios([s.distance for s in first], [s.distance for s in second]),
-            at_most=1.0,
+            at_most=0.999,
         ),
         Check(
             "guided: difference to the flow's results, student's first step / teacher's",
             ratios([s.error for s in first], [s.error for s in second]),
-            at_most=1.0,
+            at_most=0.999,
         ),
         # Worse than plain distillation by as much as it should be better: not a tie any more.
         Check(
