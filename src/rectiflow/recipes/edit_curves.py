@@ -95,7 +95,7 @@ def trade_off(
 
     device = device_of(model)
     given, source, wanted = images.to(device), label.to(device), target.to(device)
-    options = {"steps": settings.steps, "solver": "rf-solver"}
+    options: dict[str, Any] = {"steps": settings.steps, "solver": "rf-solver"}
     noise = invert(model, given, label=source, **options)
 
     def plain(guidance: float) -> Tensor:

@@ -265,11 +265,8 @@ def _draw(toy: ToyFound, found: Sequence[Found], run: Run) -> dict[Path, str]:
         up="loss",
         logarithmic="y",
     )
-    spike = cell(toy.spike[ARMS[0]])
-    pictures = {
-        drawn: f"The toy converges, then spikes to {spike}; without a feature and with one layer "
-        "it does not."
-    }
+    spikes = ", ".join(f"{arm} {cell(value)}" for arm, value in toy.spike.items())
+    pictures = {drawn: f"Loss of the toy; largest after it was below 1e-4: {spikes}."}
     descent = toy.sharpness["gradient descent"]
     drawn = curves(
         {"gradient descent": (range(len(descent)), descent)},
@@ -279,8 +276,8 @@ def _draw(toy: ToyFound, found: Sequence[Found], run: Run) -> dict[Path, str]:
         floor=("edge of stability", descent[-1] / toy.settled),
     )
     pictures[drawn] = (
-        f"Sharpness of the toy: it rises with what is learned, to {cell(max(descent))}, past the "
-        f"edge, and is {cell(descent[-1])} after the spike."
+        f"Sharpness of the toy: {cell(descent[0])} at first, {cell(max(descent))} at most, "
+        f"{cell(descent[-1])} in the end."
     )
     seeds = [one for one in found if one.spikes]
     if seeds:
