@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,9 @@ def test_flags_win_over_the_file(tmp_path, capsys):
         (["sample", "/no/such/model", "--count", "0"], "count must be > 0"),
         (["run", "rectified-flows"], "did you mean 'rectified-flow'"),
         (["run", "difftactile"], "is planned, not built"),
+        (["run", "few-step-shootout", "--preset", "fashon"], "did you mean 'fashion'"),
+        (["run", "few-step-shootout", "--preset", "x"], "(available: default, fashion, quick)"),
+        (["run", "rrnet", "--data", "digits"], "recipe 'rrnet' makes its own data"),
         (["cite", "/no/such/run"], "neither a run nor a model folder"),
         (["list", "--jsn"], "list takes only --json"),
         (["train", "--config", "/no/such.toml"], "no configuration file"),
@@ -354,6 +358,25 @@ def test_wrong_use_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fails(words, capsys)
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_run_takes_any_preset_and_other_data(tmp_path, monkeypatch):
+    from rectiflow.recipes import recipe
+
+    seen = []
+
+    def note(found, settings, run, *, preset):
+        seen.append((preset, settings))
+        check = recipe.Check("gap", (0.0,), at_most=1)
+        return recipe.Result(found.slug, "", [recipe.Number("gap", "", (0.0,))], [check], (0,))
+
+    monkeypatch.setattr(recipe, "run_recipe", note)
+    words = ["run", "few-step-shootout", "--out"]
+    assert main([*words, str(tmp_path / "a"), "--preset", "fashion"]) == 0
+    assert main([*words, str(tmp_path / "b"), "--data", "fashion-mnist"]) == 0
+    presets = recipe.load_recipe("few-step-shootout").presets
+    assert seen[0] == ("fashion", presets["fashion"])
+    assert seen[1] == ("default", replace(presets["default"], data="fashion-mnist"))
 
 
 def test_wrong_solver_is_one_line(chain, capsys, tmp_path):

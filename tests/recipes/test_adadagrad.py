@@ -14,7 +14,7 @@ def arm(steps: int, *accuracies: float) -> list[Trained]:
 
 def states(*accuracies: float, steps: int = 100) -> list[str]:
     arms = {
-        "constant 16": arm(1000, 0.9, 0.9, 0.9),
+        "constant 16": arm(1000, 0.9),
         "constant 4096": arm(50, 0.80, 0.81, 0.82),
         AVERAGE: arm(100, 0.82, 0.83, 0.84),
         "norm test, η = 0.5": arm(steps, *accuracies),
@@ -27,6 +27,8 @@ def test_checks_are_the_specifications_rules() -> None:
     # Below its own average by less than a standard error of the gap, and by more.
     assert states(0.815, 0.84, 0.83) == ["pass"] * 3
     assert states(0.81, 0.82, 0.83)[0] == "fail"
+    # As good as the largest batch.
+    assert states(0.80, 0.81, 0.82)[1] == "fail"
     # Above the largest batch, but not by two standard errors.
     assert states(0.80, 0.83, 0.845, steps=900) == ["pass", "fail", "fail"]
 

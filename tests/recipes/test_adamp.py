@@ -60,6 +60,17 @@ def test_checks_follow_the_rules_of_the_specification(change, place):
     assert [k for k, state in enumerate(states(**change)) if state == "fail"] == [place]
 
 
+def test_one_seed_is_enough_to_refute_the_growth():
+    turned = {arm: [Turned((1.0, 2.0), 0.0)] * 3 for arm in (GD, SGD, PROJECTED, NESTEROV)}
+    tuned = {arm: [Trained(80.0, (1.0,))] * 3 for arm in ARMS}
+    grown = {
+        arm: [Grown((1.0, growth), (1.0, 1.0), 0.0) for growth in growths]
+        for arm, growths in ((SGD, (3.0, 3.0, 3.0)), (PROJECTED, (0.1, 0.1, 2.2)))
+    }
+    grown[SGD] = [Grown((9.0, 3.0), (1.0, 1.0), 0.0)] * 3
+    assert _checks(turned, grown, tuned)[2].state == "fail"
+
+
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
     found = run_quick("adamp", tmp_path)
     assert set(ARMS) <= found.arms

@@ -23,14 +23,16 @@ from rectiflow.recipes.alignment_lab import (
 from rectiflow.recipes.alignprop import PRESETS, _checks
 
 
-def found(ends: dict[str, float], held: float, difference: float, memory: float) -> Found:
+def found(
+    ends: dict[str, float], held: float, difference: float, memory: float, colour: float = -0.033
+) -> Found:
     arms = {
         arm: Arm({REWARD: value, HELD_OUT: held, JUDGE: 0, DIVERSITY: 1}, [], torch.zeros(1))
         for arm, value in ends.items()
     }
     arms[BEFORE].scores[HELD_OUT] = -9.0
-    colour = {BEFORE: -0.4, LAST: -0.04, NORMAL: -0.033, UNIFORM: -0.033}
-    return Found(arms, colour, difference, {True: (100, int(100 * memory)), False: (100, 400)})
+    colours = {BEFORE: -0.4, LAST: colour - 0.007, NORMAL: colour, UNIFORM: colour}
+    return Found(arms, colours, difference, {True: (100, int(100 * memory)), False: (100, 400)})
 
 
 def test_checks_are_the_specifications_rules() -> None:
@@ -45,6 +47,12 @@ def test_checks_are_the_specifications_rules() -> None:
     assert states == ["fail"] * 6 + ["pass"]
     small = found({**ends, LAST: -0.3}, -5.0, 0.0, 1.1)
     assert _checks([good, small])[5].state == "weak"
+    # As good as the policy gradient, and no help for other classes.
+    same = {**ends, POLICY: ends[NORMAL], POLICY_MORE: ends[NORMAL]}
+    states = [c.state for c in _checks([found(same, -9.0, 0.0, 1.1)] * 3)]
+    assert [states[place] for place in (0, 1, 4)] == ["fail"] * 3
+    # Colours worse than before, by every rule alike.
+    assert _checks([found(ends, -5.0, 0.0, 1.1, colour=-0.9)])[6].state == "fail"
 
 
 def test_presets_are_those_of_the_specification() -> None:

@@ -19,13 +19,14 @@ from rectiflow.recipes.character_lab import (
     NetSettings,
     RaceSettings,
     Tuned,
+    lost,
     optimizer,
     race,
     train,
 )
 from rectiflow.recipes.characters import CharacterModel, Characters, standard_library
-from rectiflow.recipes.coordinate_clipping import Settings, _checks
-from rectiflow.recipes.tools import standard_errors
+from rectiflow.recipes.coordinate_clipping import Settings, _checks, _numbers
+from rectiflow.recipes.tools import shifted_mean, standard_errors
 
 LOOK = Look(
     {SGD: 1.0, SGD_CLIPPED: 0.4, ADAM: 0.2},
@@ -55,6 +56,13 @@ def test_checks_follow_the_rules_of_the_specification() -> None:
     assert states(**{SGD_CLIPPED: (2.36, 2.385)})[3] == "weak"
     assert states(**{SGD_CLIPPED: (2.39, 2.39)})[3] == "fail"
     assert states(**{SGD_CLIPPED: (math.inf, math.inf)})[3] == "fail"
+    assert states(**{SGD: (math.inf, 2.38)})[3] == "fail"
+    # Clipping that changes nothing.
+    same = replace(LOOK, sharpness={**sharp, SGD_CLIPPED: sharp[SGD]})
+    assert states(same)[0] == "fail"
+    same = replace(LOOK, decrease={**LOOK.decrease, SGD_CLIPPED: LOOK.decrease[SGD]})
+    assert states(same)[2] == "fail"
+    assert states(replace(LOOK, sharpness={**sharp, SGD_CLIPPED: math.nan}))[0] == "fail"
 
 
 def test_standard_errors() -> None:
@@ -63,6 +71,16 @@ def test_standard_errors() -> None:
     assert math.isnan(standard_errors([3.0], [2.0]))
     assert standard_errors([1.0, 1.0], [2.0, 2.0]) == -math.inf
     assert standard_errors([1.0, 1.0], [2.0, math.inf]) == -math.inf
+    assert math.isnan(standard_errors([1.0, math.inf], [2.0, 2.0]))
+    assert math.isnan(standard_errors([1.0, math.inf], [math.inf, 2.0]))
+    assert math.isnan(shifted_mean([1.0, math.inf], -2))
+
+
+def test_arms_that_diverged_are_told() -> None:
+    fine, bad = (Tuned(1.0, {1.0: 2.0}, (2.0, last)) for last in (2.0, math.inf))
+    assert lost({SGD: fine}) == []
+    assert "SGD (1)." in lost({SGD: bad, ADAM: fine})[0]
+    assert [n.values for n in _numbers({}, {SGD: bad})] == [(2.0, math.inf)]
 
 
 def test_best_rates_at_the_edge_are_told() -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
+import torch
+
+from rectiflow.distill.few_step_method import Choices
 from rectiflow.distill.methods import METHODS
-from rectiflow.recipes.few_step_shootout import ARMS
+from rectiflow.flows.couplings import Independent
+from rectiflow.recipes.few_step_shootout import ARMS, _method
 from rectiflow.recipes.recipe import load_recipe, run_recipe
+from rectiflow.recipes.tools import new_model
 from rectiflow.training.runs import Run
 
 
@@ -18,6 +24,20 @@ def test_every_method_takes_part() -> None:
         for name, entry in METHODS.items()
         if not entry.conditional
     }
+
+
+def test_the_discriminator_depends_on_the_seed_alone() -> None:
+    teacher = new_model("mlp", (2,), seed=0, width=8, depth=1)
+    data = Independent(torch.zeros(8, 2))
+    entry = METHODS["f-distill"]
+
+    def first_weights(seed: int) -> torch.Tensor:
+        torch.rand(1)
+        method: Any = _method(entry, teacher, data, Choices(steps=1, options=entry.options()), seed)
+        return torch.cat([p.flatten() for p in method.judge.discriminator.parameters()])
+
+    assert torch.equal(first_weights(3), first_weights(3))
+    assert not torch.equal(first_weights(3), first_weights(4))
 
 
 def test_quick_preset_gives_numbers_and_the_page(tmp_path) -> None:

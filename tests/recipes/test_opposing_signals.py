@@ -24,7 +24,7 @@ from rectiflow.recipes.opposing_images import (
     make_net,
 )
 from rectiflow.recipes.opposing_signals import Settings, _checks
-from rectiflow.recipes.opposing_toy import ToyFound
+from rectiflow.recipes.opposing_toy import ToyFound, spike_after_convergence
 
 TOY = ToyFound({}, {}, {"two layers": 2.7, "no feature": 1e-7, "one layer": 1e-7}, 0.97, {}, 0.9999)
 
@@ -56,6 +56,9 @@ def test_checks_follow_the_rules_of_the_specification() -> None:
     assert set(states()) == {"pass"}
     assert states(toy=replace(TOY, spike={**TOY.spike, "two layers": 0.0}))[0] == "fail"
     assert states(toy=replace(TOY, spike={**TOY.spike, "no feature": 0.1}))[1] == "fail"
+    # A control that never converged shows nothing.
+    never = spike_after_convergence([1.0, 0.5])
+    assert states(toy=replace(TOY, spike={**TOY.spike, "one layer": never}))[2] == "fail"
     assert states(toy=replace(TOY, settled=1.01))[3] == "fail"
     assert states(toy=replace(TOY, linear=0.9))[4] == "fail"
     assert states(seed(rises=[row(cos_pm=-0.5)] * 3))[5] == "fail"

@@ -41,6 +41,8 @@ def test_checks_are_the_specifications_rules() -> None:
     assert states(17.5, 20.5) == ["pass", "weak", "fail"]
     # A bound on the whole gradient that is better on average: the pixels were of no use.
     assert states(22, 19) == ["pass", "fail", "pass"]
+    # As good on average.
+    assert states(21, 19) == ["pass", "fail", "pass"]
 
 
 def test_preset_is_the_specifications() -> None:
@@ -72,6 +74,11 @@ def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
     run = run_quick("pixelwise-clipping", tmp_path)
     assert run.arms == set(ARMS)
     assert len(run.table["checks"]) == 3
+    # What is not judged without spikes is not tuned there.
+    chosen = dict(note.split(": rate ") for note in run.table["notes"] if ": rate " in note)
+    assert len(chosen) == 2 * len(ARMS)
+    for arm in ("each number", "whole gradient", "each latent"):
+        assert chosen[f"{CALM}, {arm}"] == chosen[f"{STRESSED}, {arm}"]
     bounded = run.values[f"{STRESSED}: share of pixels or latents bounded", "no bound"]
     assert bounded == [0.0]
     assert run.pictures == 2

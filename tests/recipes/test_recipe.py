@@ -83,6 +83,20 @@ def test_number_is_summed_up() -> None:
     assert Number("error", "method", (1.0,)).spread == 0.0
 
 
+@pytest.mark.parametrize("values", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, -math.inf)])
+def test_a_diverged_arm_is_reported(values: tuple[float, ...], tmp_path: Path) -> None:
+    number = Number("error", "method", values)
+    made = Result("mine", "It helps.", [number], [Check("error", values, at_most=1)], (0, 1))
+    recipe = Recipe("mine", "rectified-flow", {"quick": {}}, lambda settings, run: made)
+    with Run(tmp_path / "run", "run") as run:
+        found = run_recipe(recipe, {}, run, preset="quick")
+    assert found.verdict == "fails"
+    assert math.isnan(number.spread)
+    table = json.loads(run.path("result.json").read_text())
+    assert table["numbers"][0]["spread"] is None
+    assert "± nan" in found.text()
+
+
 def test_text_says_numbers_states_and_verdict() -> None:
     text = result(Check("fall", (0.5,), at_least=1)).text()
     for part in ("It helps.", "error (method)", "2 ± 1.41", "fail  fall >= 1: 0.5"):
@@ -124,8 +138,10 @@ def test_run_recipe_writes_the_evidence(tmp_path: Path) -> None:
     table = json.loads(run.path("result.json").read_text())
     assert table["verdict"] == "fails"
     assert [check["state"] for check in table["checks"]] == ["weak", "fail"]
+    assert [check["broken"] for check in table["checks"]] == [1, 1]
     assert table["numbers"][0]["values"] == [1.0, 3.0]
     assert (table["preset"], table["settings"]) == ("quick", {"steps": 1})
     assert json.loads(run.path("run.json").read_text())["systems"] == ["rectified-flow"]
     page = run.path("report.html").read_text()
     assert "mine: the claim fails" in page
+    assert "&gt; 1" in page or "> 1" in page

@@ -56,7 +56,10 @@ def test_checks_follow_the_rules_of_the_specification() -> None:
     assert states({0: (0.3, 0.9), 2: (0.4, 0.8)})[5] == "fail"
     assert states({0: (0.6, 0.8), 2: (0.4, 0.9)})[6] == "fail"
     # As far from the source as plain edits of the same accuracy: 0.2 + 0.4 (0.55 - 0.2) / 0.7.
-    assert states({0: (0.6, 0.9), 2: (0.42, 0.55)})[7] == "fail"
+    assert states({0: (0.6, 0.9), 2: (0.4, 0.55)})[7] == "fail"
+    assert states({0: (0.6, 0.9), 2: (0.395, 0.55)})[7] == "weak"
+    # An injection that changes nothing.
+    assert states({0: (0.6, 0.9), 2: (0.6, 0.9), 15: (0.6, 0.9)})[5:] == ["fail", "pass", "fail"]
     # No point within reach of the plain curve says nothing.
     assert states({0: (0.6, 0.9), 2: (0.4, 0.1)})[7] == "fail"
 
@@ -90,4 +93,9 @@ def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:
     found = run_quick("rf-solver", tmp_path)
     assert len(found.table["checks"]) == 8
     assert found.arms >= {*SOLVERS, "0 injected steps"}
+    for quantity in ("distance to the source", "edits of the target class"):
+        assert (
+            found.values[quantity, "0 injected steps"]
+            == found.values[quantity, "plain, guidance 2"]
+        )
     assert found.pictures == 3

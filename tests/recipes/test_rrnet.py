@@ -113,6 +113,7 @@ def test_checks_are_the_specifications_rules() -> None:
     assert states(fitted(best=(0.7, 0.5)))[1] == "fail"
     # Only one direction improves.
     assert states(fitted(best=(1.0, 0.4)))[2] == "fail"
+    assert states(fitted(best=(1.0, 0.55)))[2] == "fail"
     assert states(fitted(cosine=1.0))[3] == "fail"
     assert states(fitted(), fitted(best=(0.9, 0.8)))[4] == "fail"
 
@@ -121,6 +122,14 @@ def test_a_flow_that_cannot_obey_is_refused() -> None:
     lab = Lab(replace(PRESETS["quick"], least_oracle=0.9), seed=100)
     with pytest.raises(ValueError, match=r"the flow obeys in .*% of its pictures where 90% are"):
         lab.oracle()
+
+
+def test_prompts_are_judged_on_noises_of_their_own() -> None:
+    lab = Lab(PRESETS["quick"], seed=0)
+    texts = lab.language.prompts(("red", "green")).end_vectors()[:2]
+    assert torch.equal(texts[0], texts[1])
+    one, other = lab._images(texts, lab.flow, seed=0).chunk(2)
+    assert not torch.allclose(one, other)
 
 
 def test_quick_preset_writes_its_evidence(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_quick_preset_writes_its_evidence(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/run.json").read_text())["systems"] == ["rrnet"]
     for name in ("accuracy.png", "pictures.png", "report.html"):
         assert (tmp_path / "run" / name).stat().st_size > 0
-    # Without a direction both prompts have one shift, and their pictures are the same.
+    # Without a direction both prompts have one shift.
     (number,) = (
         n
         for n in result.numbers

@@ -50,6 +50,10 @@ def test_checks_are_the_specifications_rules() -> None:
     bad = found(1.01, 1.2, (1.2, 1.3), 1.0)
     states = [c.state for c in _checks([bad, bad], PRESETS["default"], "fd")]
     assert states == ["fail"] * 5
+    same = [
+        c.state for c in _checks([found(1.0, 0.85, (1.0, 1.0), 1.05)], PRESETS["default"], "fd")
+    ]
+    assert same == ["fail", "pass", "fail", "fail", "pass"]
     mixed = [c.state for c in _checks([good, bad], PRESETS["default"], "fd")]
     assert mixed == ["weak", "fail", "fail", "fail", "fail"]
 

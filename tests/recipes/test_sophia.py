@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,12 @@ def test_sophia_crosses_in_a_few_steps_and_newton_never():
     assert 20 < min(steps_taken("Adam", rate, settings) for rate in settings.toy_rates) < 60
 
 
-def states(*, sophia: float = 2.0, half: float = 2.0) -> list[str]:
-    """States of the checks where AdamW ends at 2.1."""
+def states(*, sophia: float = 2.0, half: float = 2.0, adam: float = 2.1) -> list[str]:
+    """States of the checks for losses at the end."""
     arms = {
         arm: [Trained((1,), (loss,), ())]
         for arm, loss in (
-            (ADAMW, 2.1),
+            (ADAMW, adam),
             (f"{ADAMW}, half the steps", 2.2),
             (SOPHIA, sophia),
             (f"{SOPHIA}, half the steps", half),
@@ -54,6 +55,9 @@ def test_checks_follow_the_rules_of_the_specification():
     assert states(half=2.11) == ["pass", "fail", "pass"]
     assert states(sophia=2.12) == ["pass"] * 3
     assert states(sophia=2.14) == ["pass", "pass", "fail"]
+    assert states(sophia=math.inf, half=math.inf) == ["pass", "fail", "fail"]
+    for loss in (2.0, math.inf):
+        assert states(sophia=loss, half=loss, adam=math.inf) == ["pass", "fail", "fail"]
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:

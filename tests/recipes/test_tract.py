@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.recipes.quick import run_quick
 
+from rectiflow.recipes import classifier_lab
 from rectiflow.recipes.classifier_lab import Trained, standardised
 from rectiflow.recipes.pixel_regression import regress
-from rectiflow.recipes.tract import PLAIN, PRESETS, _checks
+from rectiflow.recipes.tract import PLAIN, PRESETS, Settings, _checks
+from rectiflow.training.data import load as load_data
 
 
 def trained(*accuracies: float) -> list[Trained]:
@@ -22,6 +26,8 @@ def test_two_standard_errors_decide() -> None:
     check = _checks(sure, regression)[0]
     assert check.values == pytest.approx((0.02 - 2 * 0.01 / 3**0.5,))
     assert check.state == "pass"
+    # A layer that changes nothing.
+    assert _checks({PLAIN: plain, "TrAct, λ = 0.1": plain}, regression)[0].state == "fail"
     unsure = {PLAIN: plain, "TrAct, λ = 0.1": trained(0.71, 0.69, 0.76)}
     assert _checks(unsure, regression)[0].state == "fail"
 
@@ -50,11 +56,36 @@ def test_presets_are_those_of_the_specification() -> None:
     assert min(settings.tuning_seeds) >= 100
 
 
-def test_digits_stand_in_for_absent_data(tmp_path: Path) -> None:
-    images = standardised(f"fashion-mnist:{tmp_path}", train=640, test=200)
+def test_digits_stand_in_for_absent_garments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(spec: str, **options: Any) -> Any:
+        if spec == "fashion-mnist":
+            raise FileNotFoundError(spec)
+        return load_data(spec, **options)
+
+    monkeypatch.setattr(classifier_lab, "load", load)
+    images = standardised("fashion-mnist", train=640, test=201)
     assert images.name == "digits"
     assert images.inputs.shape == (640, 1, 8, 8)
     assert float(images.inputs.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_data_that_were_named_have_no_stand_in(tmp_path: Path) -> None:
+    for spec in ("folder:/no/such/folder", f"fashion-mnist:{tmp_path}"):
+        with pytest.raises(FileNotFoundError):
+            standardised(spec, train=10, test=10)
+
+
+def test_rates_are_chosen_on_training_images_alone() -> None:
+    images = standardised("digits", train=100, test=50)
+    tuning = images.tuning()
+    assert torch.equal(torch.cat([tuning.inputs, tuning.test_inputs]), images.inputs)
+    assert torch.equal(torch.cat([tuning.labels, tuning.test_labels]), images.labels)
+    assert (len(tuning.inputs), len(tuning.test_inputs)) == (80, 20)
+
+
+def test_the_judged_damping_must_be_there() -> None:
+    with pytest.raises(ValueError, match=r"lams must hold 0\.1"):
+        Settings(lams=(0.05, 0.2))
 
 
 def test_quick_preset_leaves_result_and_report(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import tyro
 
@@ -19,8 +18,11 @@ class Settings(OutputOptions):
 
     recipe: tyro.conf.Positional[str] = tyro.MISSING
     """Slug of the recipe (rectiflow list)."""
-    preset: Literal["quick", "default", "paper"] = "default"
-    """quick takes seconds, default minutes on two cores, paper is the original setting."""
+    preset: str = "default"
+    """quick takes seconds, default minutes on two cores, paper is the original setting; some
+    recipes have others, such as fashion."""
+    data: str | None = None
+    """Data in place of the preset's, for recipes that take any: see rectiflow train."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,6 +32,10 @@ def main(words: Sequence[str]) -> int:
 
     recipe = load_recipe(settings.recipe)
     chosen = recipe.preset(settings.preset)
+    if settings.data is not None:
+        if not hasattr(chosen, "data"):
+            raise ValueError(f"recipe {recipe.slug!r} makes its own data: leave out --data")
+        chosen = replace(chosen, data=settings.data)
     with settings.open("run", settings.recipe) as run:
         result = run_recipe(recipe, chosen, run, preset=settings.preset)
         print(result.text())

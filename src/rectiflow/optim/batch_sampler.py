@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from rectiflow.errors import positive
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class ResizableBatches:
@@ -55,16 +60,25 @@ class ResizableBatches:
             share = self.batch_size // self.processes
             first = self.position + self.process * share
             self.position += self.batch_size
-            yield [self._at(place) for place in range(first, first + share)]
+            yield self._between(first, first + share)
 
-    def _at(self, place: int) -> int:
-        """The index at a place of the endless order."""
-        epoch, offset = divmod(place, self.count)
+    def _between(self, first: int, end: int) -> list[int]:
+        """The indices at the places from `first` to before `end` of the endless order."""
+        found: list[int] = []
+        while first < end:
+            offset = first % self.count
+            taken = min(end - first, self.count - offset)
+            found += self._epoch_at(first // self.count)[offset : offset + taken].tolist()
+            first += taken
+        return found
+
+    def _epoch_at(self, epoch: int) -> Int[Tensor, " n"]:
+        """The order of an epoch."""
         if epoch != self._epoch:
             mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch + 1) % (1 << 63)
             generator = torch.Generator().manual_seed(mixed)
             self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
-        return int(self._order[offset])
+        return self._order
 
     def state_dict(self) -> dict[str, int]:
         """The position in the order, and the size of a batch."""

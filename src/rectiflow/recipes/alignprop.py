@@ -118,7 +118,7 @@ def _numbers(found: Sequence[Found], settings: Settings) -> list[Number]:
 
 
 def _checks(found: Sequence[Found]) -> list[Check]:
-    """The specification's rules."""
+    """The specification's rules; a tie, within a hundredth of a nat, is no success."""
     ours = _scores(found, NORMAL)
     more = tuple(map(min, ours, _scores(found, UNIFORM)))
     spread, gained = [], []
@@ -130,12 +130,12 @@ def _checks(found: Sequence[Found]) -> list[Check]:
         Check(
             "backpropagation - REINFORCE on as many images, reward of meaning",
             _less(ours, _scores(found, POLICY)),
-            at_least=0.0,
+            at_least=0.01,
         ),
         Check(
             "backpropagation - REINFORCE on more images, reward of meaning",
             _less(ours, _scores(found, POLICY_MORE)),
-            at_least=0.0,
+            at_least=0.01,
         ),
         Check(
             "largest difference of gradients with and without checkpoints",
@@ -150,7 +150,7 @@ def _checks(found: Sequence[Found]) -> list[Check]:
         Check(
             "gain on classes that alignment never asked for",
             _less(_scores(found, NORMAL, HELD_OUT), _scores(found, BEFORE, HELD_OUT)),
-            at_least=0.0,
+            at_least=0.01,
         ),
         Check(
             "more steps in the graph (normal and uniform) - last step, reward of meaning",
@@ -160,7 +160,7 @@ def _checks(found: Sequence[Found]) -> list[Check]:
         ),
         Check(
             "reward of colour: spread of the rules / gain",
-            tuple(s / g if g else float("nan") for s, g in zip(spread, gained)),
+            tuple(s / g if g > 0 else float("nan") for s, g in zip(spread, gained)),
             at_most=0.05,
             broken=0.2,
         ),

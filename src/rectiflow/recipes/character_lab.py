@@ -207,6 +207,14 @@ def told(found: Mapping[str, Tuned]) -> str:
     return f"Learning rates tried on seed {TUNING}: {grids}."
 
 
+def lost(found: Mapping[str, Tuned]) -> list[str]:
+    """A note on the arms that diverged, if there are any."""
+    counts = {name: sum(not math.isfinite(x) for x in arm.losses) for name, arm in found.items()}
+    arms = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    note = f"Arms that diverged at their best rate, with the number of seeds: {arms}."
+    return [note] if arms else []
+
+
 def train(
     text: Characters, net: NetSettings, name: str, rate: float, *, steps: int, seed: int
 ) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -38,20 +38,36 @@ class LabelledImages:
     classes: int
     name: str
 
+    def tuning(self) -> LabelledImages:
+        """The training images alone: the last fifth judges, the others are trained on."""
+        kept = len(self.inputs) - len(self.inputs) // 5
+        return replace(
+            self,
+            inputs=self.inputs[:kept],
+            labels=self.labels[:kept],
+            test_inputs=self.inputs[kept:],
+            test_labels=self.labels[kept:],
+        )
+
 
 @cache
 def standardised(spec: str, *, train: int, test: int, size: int | None = None) -> LabelledImages:
-    """The first images of both splits; digits where the data are not on this machine.
+    """The first images of both splits; digits where fashion-mnist is not on this machine.
 
     Args:
         spec: the data's spec string.
         train: most images trained on.
         test: most images judged on.
         size: side in pixels; None keeps that of the data.
+
+    Raises:
+        FileNotFoundError: other data are not there.
     """
     try:
         splits = [load(spec, split=split, size=size) for split in ("train", "test")]
     except FileNotFoundError:
+        if spec != "fashion-mnist":
+            raise
         spec = "digits"
         splits = [load(spec, split=split) for split in ("train", "test")]
     rows = [torch.arange(min(len(data), n)) for data, n in zip(splits, (train, test))]

@@ -186,7 +186,8 @@ def run(settings: Settings, run: Run) -> Result:
             return found
 
         def score(arm: str, rate: float, seed: int) -> float:
-            return trained(arm, rate, seed).accuracy
+            progress.update(progress.done + 1)
+            return _train(arm, rate, settings, images.tuning(), seed).accuracy
 
         for arm in ARMS:
             rates[arm] = best_rate(
@@ -221,7 +222,7 @@ def _train(
     settings: Settings,
     images: LabelledImages,
     seed: int,
-    friction: MeanFriction,
+    friction: MeanFriction | None = None,
 ) -> Trained:
     """One training; the friction is looked at in the first of the reported ones."""
     net = new_classifier(pooled_cnn, images, settings.width, seed=seed)
@@ -286,7 +287,9 @@ def _notes(
     return [
         f"{len(images.inputs):,} images of {images.name}, {settings.epochs} epochs. Learning rates "
         f"of {len(settings.rates)} tried for every arm on {len(settings.tuning_seeds)} other "
-        "seeds: " + ", ".join(f"{arm} {rates[arm]:g}" for arm in ARMS) + ".",
+        "seeds and a fifth of the training images: "
+        + ", ".join(f"{arm} {rates[arm]:g}" for arm in ARMS)
+        + ".",
         f"Places where the descents end: {ends}.",
         "Mean friction by epoch, which one half means Adam at half the rate: "
         + ", ".join(f"{value:.4f}" for value in friction.epochs)
@@ -320,7 +323,8 @@ def _draw(
         f"{arm} {cell(statistics.fmean(one.accuracy for one in found))}"
         for arm, found in arms.items()
     )
+    ends = ", ".join(f"{arm} {cell(places[-1])}" for arm, places in toys["F2"].items())
     return {
-        path: "Descents from -1: what tells the methods apart is the length of their steps.",
+        path: f"Descents from -1 on F2. They end at: {ends}.",
         losses: f"Training loss, mean and range of the seeds; test accuracy in per cent: {means}.",
     }

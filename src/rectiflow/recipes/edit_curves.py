@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
+from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.flows.snr_times import LogitNormal
-from rectiflow.images import RFEdit
+from rectiflow.images import RFEdit, decode, invert
 from rectiflow.recipes.joint_attention import Judge
 from rectiflow.recipes.tools import new_model, stage, train
 from rectiflow.training.data import ImageData
@@ -92,17 +93,30 @@ def trade_off(
     # Every other class in turn.
     target = (label + 1 + torch.arange(len(rows)) % (classes - 1)) % classes
 
-    def edited(inject: int, guidance: float) -> tuple[Point, Tensor]:
-        edit = RFEdit(model, steps=settings.steps, inject=inject, guidance=guidance)
-        made = edit(images, source={"label": label}, target={"label": target}).images.cpu()
-        gap = (made.clamp(-1, 1) - images).square().flatten(1).mean(1).sqrt()
-        return Point(float(gap.mean()), judge.accuracy(made, target)), made
+    device = device_of(model)
+    given, source, wanted = images.to(device), label.to(device), target.to(device)
+    options: dict[str, Any] = {"steps": settings.steps, "solver": "rf-solver"}
+    noise = invert(model, given, label=source, **options)
 
-    found = {inject: edited(inject, settings.guidance) for inject in settings.inject}
-    shown = torch.stack([images[:10], *(made[:10] for _, made in found.values())], 1)
+    def plain(guidance: float) -> Tensor:
+        return decode(ClassifierFreeGuidance(model, guidance), noise, label=wanted, **options)
+
+    def edited(inject: int) -> Tensor:
+        if not inject:
+            return plain(settings.guidance)
+        edit = RFEdit(model, inject=inject, guidance=settings.guidance, **options)
+        return edit(given, source={"label": source}, target={"label": wanted}).images
+
+    def point(made: Tensor) -> Point:
+        made = made.cpu()
+        gap = (made.clamp(-1, 1) - images).square().flatten(1).mean(1).sqrt()
+        return Point(float(gap.mean()), judge.accuracy(made, target))
+
+    found = {inject: edited(inject) for inject in settings.inject}
+    shown = torch.stack([images[:10], *(made[:10].cpu() for made in found.values())], 1)
     return Curves(
-        {inject: point for inject, (point, _) in found.items()},
-        {scale: edited(0, scale)[0] for scale in settings.plain},
+        {inject: point(made) for inject, made in found.items()},
+        {scale: point(plain(scale)) for scale in settings.plain},
         shown.flatten(0, 1),
     )
 

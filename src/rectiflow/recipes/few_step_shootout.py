@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rectiflow.distill.comparison_page import compare, write
-from rectiflow.distill.few_step_method import Choices
+from rectiflow.distill.few_step_method import Choices, FewStepMethod
 from rectiflow.distill.generation import generate_pairs
 from rectiflow.distill.methods import METHODS
 from rectiflow.files import cache_folder, read_json, write_json
@@ -292,7 +294,7 @@ def _train_all(
             student = fresh() if part.fresh else None
             choices = Choices(steps=steps, student=student, options=options, **part.choices)
             done = _trained(
-                entry.make(model, coupling, choices),
+                _method(entry, model, coupling, choices, seed),
                 replace(settings.budget, steps=steps, seed=seed),
                 place,
                 resume=resume,
@@ -306,6 +308,15 @@ def _train_all(
                 reflowed[key] = replace(done, seconds=done.seconds + cost)
         made[name] = Made(model, folder / name, spent)
     return made
+
+
+def _method(
+    entry: FewStepMethod, model: FlowModel, coupling: Coupling, choices: Choices, seed: int
+) -> Method:
+    """A method; what it draws at first, such as a discriminator, depends on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return entry.make(model, coupling, choices)
 
 
 def _count(steps: int) -> str:

@@ -179,6 +179,7 @@ def run(settings: Settings, run: Run) -> Result:
 
 def _score(first: FlowModel, second: FlowModel, truth: Tensor, settings: Settings) -> Scored:
     source = draw_source(first, len(truth), generator=torch.Generator().manual_seed(HELD_OUT))
+    truth = truth.to(source)
     tasks = {}
     for task, words in zip(TASKS, settings.degradations):
         operator = build(words, truth.shape[1:])

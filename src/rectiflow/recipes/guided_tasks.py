@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rectiflow.files import cache_folder
@@ -47,6 +48,8 @@ def labelled_images(
     """Labelled images, with a teacher trained on them."""
     images, held = (load(data, split=s) for s in ("train", "test"))
     features = load_features(images, held, kind="classifier", cache=cache_folder())
+    # Where the trainer puts the flows.
+    features = features.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def teacher(seed: int) -> FlowModel:
         start = new_model(net, images.shape, seed=seed, classes=len(images.classes), **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.integration import integrate, uniform_times
 from rectiflow.images import round_trip
 from rectiflow.recipes.tools import new_model, stage, train
@@ -95,7 +95,9 @@ def reconstructions(
         title=f"flow to invert, seed {seed}",
     )
     rows = range(min(settings.images, len(held)))
-    images, condition = held.batch(list(rows)), held.condition(list(rows))
+    device = device_of(model)
+    images = held.batch(list(rows)).to(device)
+    condition = {name: value.to(device) for name, value in held.condition(list(rows)).items()}
     found: dict[str, dict[int, float]] = {}
     for name, solver in SOLVERS.items():
         found[name] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rectiflow.errors import NonFiniteLossError
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.fields import FlowModel, device_of
 from rectiflow.flows.sampling import sample
 from rectiflow.flows.snr_times import LogitNormal
 from rectiflow.nets.joint_blocks import JointBlock
@@ -92,8 +92,9 @@ def accuracy(
     )
     label = torch.arange(settings.samples) % classes
     generator = torch.Generator().manual_seed(4321)
+    wanted = label.to(device_of(model))
     made = sample(
-        model, settings.samples, steps=settings.steps, generator=generator, label=label
+        model, settings.samples, steps=settings.steps, generator=generator, label=wanted
     ).cpu()
     return judge.accuracy(made, label), made
 
@@ -154,7 +155,9 @@ def logits_after_training(
     images = data.batch(rows)
     t = torch.rand(len(rows), generator=generator)
     x = model.path.interpolate(torch.randn(images.shape, generator=generator), images, t)
-    return measured(model, x, t, **data.condition(rows))
+    device = device_of(model)
+    condition = {name: value.to(device) for name, value in data.condition(rows).items()}
+    return measured(model, x.to(device), t.to(device), **condition)
 
 
 @torch.no_grad()

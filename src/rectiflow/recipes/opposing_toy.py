@@ -161,8 +161,8 @@ class ToyFound:
     Attributes:
         losses: losses of descent, by arm.
         sharpness: sharpness along descent and along the flow.
-        spike: by arm the largest loss after it was below 1e-4 for the first time; 0 if it never
-            was.
+        spike: by arm the largest loss after it was below 1e-4 for the first time; NaN if it
+            never was.
         settled: the last sharpness of descent times rate / 2; below 1 it is stable.
         final: by coefficient the last sharpness of the flow.
         linear: the squared correlation of those two.
@@ -214,14 +214,14 @@ def run_toy(settings: ToySettings) -> ToyFound:
 
 
 def spike_after_convergence(losses: list[float], below: float = 1e-4) -> float:
-    """The largest loss after the first one below a level; 0 if there is none.
+    """The largest loss after the first one below a level; NaN if there is none.
 
     Example:
         >>> spike_after_convergence([1.0, 1e-5, 0.5, 0.1]), spike_after_convergence([1.0, 0.5])
-        (0.5, 0.0)
+        (0.5, nan)
     """
     first = next((i for i, loss in enumerate(losses) if loss < below), len(losses))
-    return max(losses[first:], default=0.0)
+    return max(losses[first:], default=math.nan)
 
 
 def _squared_correlation(x: list[float], y: list[float]) -> float:

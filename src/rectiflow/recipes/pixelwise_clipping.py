@@ -2,8 +2,8 @@
 
 A texture is found again from noisy directions in the latent space of a small frozen autoencoder. In
 the stressed variant a hundredth of the pixels of a view get fifty times their gradient, as the
-paper finds of the encoder of SDXL. All arms take as many tuning runs. The paper judges textures of
-meshes under SDXL by eye.
+paper finds of the encoder of SDXL. All arms that are judged take as many tuning runs. The paper
+judges textures of meshes under SDXL by eye.
 
 Source: arXiv 2310.12474, sections 3 and 4.
 """
@@ -42,6 +42,8 @@ ARMS = {
     "each pixel, 2-norm": Arm("pixel", "l2"),
 }
 STRESSED, CALM = "with spikes", "without spikes"
+JUDGED = (PIXEL, "no bound")
+"""The arms that are judged, and so tuned, without spikes too."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,19 @@ Arms = Mapping[str, Sequence[Painted]]
 
 
 def run(settings: Settings, run: Run) -> Result:
-    """All arms in both variants, tuned alike."""
+    """All arms in both variants, tuned alike where they are judged."""
     lab = _lab(settings)
     found: dict[str, Arms] = {}
+    best: dict[str, tuple[float, float]] = {}
     chosen = []
     for variant in (STRESSED, CALM):
         arms = {}
         for name, arm in ARMS.items():
-            rate, factor, arms[name] = _tuned(lab, arm, settings, variant, f"{variant}, {name}")
+            kept = best[name] if variant == CALM and name not in JUDGED else None
+            best[name], arms[name] = _tuned(
+                lab, arm, settings, variant, f"{variant}, {name}", kept=kept
+            )
+            rate, factor = best[name]
             bound = "" if arm.suppression == "none" else f", bound {factor:g}"
             chosen.append(f"{variant}, {name}: rate {rate:.2g}{bound}")
         found[variant] = arms
@@ -117,9 +124,10 @@ def run(settings: Settings, run: Run) -> Result:
         seeds=settings.seeds,
         notes=[
             f"Each arm was tuned on {len(settings.factors) ** 2} settings and "
-            f"{len(settings.tuning_seeds)} other seed, in each variant: "
+            f"{len(settings.tuning_seeds)} other seed: "
             f"{len(settings.factors)} rates by {len(settings.factors)} bounds (in medians of the "
-            "first gradients), without a bound as many rates.",
+            "first gradients), without a bound as many rates. The arms that are judged "
+            f"{CALM} were tuned there anew; the others keep what they had {STRESSED}.",
             *chosen,
         ],
         pictures=_draw(found, lab, settings, run),
@@ -142,16 +150,28 @@ def _lab(settings: Settings) -> Lab:
 
 
 def _tuned(
-    lab: Lab, arm: Arm, settings: Settings, variant: str, title: str
-) -> tuple[float, float, list[Painted]]:
-    """Rate and bound of the best mean PSNR on the tuning seeds, and the textures they give."""
+    lab: Lab,
+    arm: Arm,
+    settings: Settings,
+    variant: str,
+    title: str,
+    *,
+    kept: tuple[float, float] | None = None,
+) -> tuple[tuple[float, float], list[Painted]]:
+    """Rate and bound of the best mean PSNR on the tuning seeds, and the textures they give.
+
+    With a choice that is kept nothing is tried.
+    """
     low, high = settings.rates
     count = len(settings.factors)
-    if arm.suppression == "none":
+    if kept is not None:
+        tried = [kept]
+    elif arm.suppression == "none":
         tried = [(rate, 1.0) for rate in _spaced(low / settings.gain, high, count**2)]
     else:
         tried = list(itertools.product(_spaced(low, high, count), settings.factors))
-    trainings = len(tried) * len(settings.tuning_seeds) + len(settings.seeds)
+    trying = len(tried) * len(settings.tuning_seeds) if len(tried) > 1 else 0
+    trainings = trying + len(settings.seeds)
     with bar(title, trainings, unit="trainings") as progress:
 
         def painted(choice: tuple[float, float], seed: int) -> Painted:
@@ -164,8 +184,8 @@ def _tuned(
         def score(choice: tuple[float, float]) -> float:
             return statistics.fmean(painted(choice, seed).psnr for seed in settings.tuning_seeds)
 
-        best = max(tried, key=score)
-        return *best, [painted(best, seed) for seed in settings.seeds]
+        best = max(tried, key=score) if trying else tried[0]
+        return best, [painted(best, seed) for seed in settings.seeds]
 
 
 def _spaced(low: float, high: float, count: int) -> list[float]:
@@ -200,13 +220,13 @@ def _checks(found: Mapping[str, Arms]) -> list[Check]:
             f"{STRESSED}: PSNR above no bound, dB",
             _gains(found[STRESSED], "no bound"),
             at_least=3.0,
-            broken=0.0,
+            broken=0.05,
         ),
         Check(
             f"{STRESSED}: PSNR above a bound on the whole gradient, dB",
             _gains(found[STRESSED], "whole gradient"),
             at_least=1.5,
-            broken=0.0,
+            broken=0.05,
         ),
         Check(
             f"{CALM}: PSNR above no bound, dB",

@@ -35,12 +35,14 @@ class Number:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.values)
+        """Mean over seeds; NaN where infinities of both signs meet."""
+        return _mean(self.values)
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds; 0 for one seed."""
+        """Standard deviation over seeds; 0 for one seed, NaN unless all values are finite."""
+        if not all(map(math.isfinite, self.values)):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
@@ -78,18 +80,29 @@ class Check:
         lower = self.at_least is not None
         bound = self.at_least if self.at_least is not None else self.at_most
         assert bound is not None
-        limit = bound if self.broken is None else self.broken
         # A NaN compares false and so can never pass.
         if all(value >= bound if lower else value <= bound for value in self.values):
             return "pass"
-        mean = statistics.fmean(self.values)
-        kept = mean >= limit if lower else mean <= limit
+        mean = _mean(self.values)
+        kept = mean >= self.limit if lower else mean <= self.limit
         return "weak" if kept else "fail"
+
+    @property
+    def limit(self) -> float:
+        """What the mean may not be beyond: `broken`, or the bound."""
+        bound = self.at_least if self.at_least is not None else self.at_most
+        assert bound is not None
+        return bound if self.broken is None else self.broken
 
     @property
     def rule(self) -> str:
         """The bound in words."""
         return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+    @property
+    def refuted(self) -> str:
+        """What the mean fails at, in words."""
+        return f"{'<' if self.at_least is not None else '>'} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -191,9 +204,9 @@ def run_recipe(recipe: Recipe, settings: Any, run: Run, *, preset: str) -> Resul
                 "Checks",
                 tables=[
                     Table(
-                        ["check", "rule", "by seed", "state"],
+                        ["check", "rule", "fails if the mean is", "by seed", "state"],
                         [
-                            [c.name, c.rule, ", ".join(cell(v) for v in c.values), c.state]
+                            [c.name, c.rule, c.refuted, ", ".join(map(cell, c.values)), c.state]
                             for c in result.checks
                         ],
                     )
@@ -246,6 +259,7 @@ def as_table(result: Result, settings: Any, run: Run, preset: str) -> dict[str, 
             {
                 "name": c.name,
                 "rule": c.rule,
+                "broken": _finite(c.limit),
                 "values": [_finite(value) for value in c.values],
                 "state": c.state,
             }
@@ -256,6 +270,12 @@ def as_table(result: Result, settings: Any, run: Run, preset: str) -> dict[str, 
         "device": run.record["environment"]["device"],
         "environment": run.record["environment"],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    # A sum that is exact refuses infinities of both signs.
+    finite = all(map(math.isfinite, values))
+    return statistics.fmean(values) if finite else sum(values) / len(values)
 
 
 def _finite(value: float) -> float | None:

@@ -16,9 +16,8 @@ from rectiflow.training.figures import bands, compare_samples, compare_trajector
 from rectiflow.training.report import cell
 from rectiflow.training.runs import Run
 
-RECTIFIED, SQUARES, CONVERTED, TURNED = ARMS = (
+RECTIFIED, CONVERTED, TURNED = ARMS = (
     "rectified diffusion",
-    "rectified diffusion, L2",
     "conversion to straight lines",
     "conversion, sign of the output turned first",
 )
@@ -46,16 +45,23 @@ class Scores:
     gaps: dict[str, FirstOrderGap]
     images: dict[str, Tensor]
 
+    def converted(self, length: int) -> Errors:
+        """Errors after a number of fine-tuning steps, each of the better of both conversions."""
+        one, two = (
+            min(self.along[arm][length][place] for arm in (CONVERTED, TURNED)) for place in (0, 1)
+        )
+        return one, two
+
 
 def crossing(scores: Scores) -> float:
-    """The number of training steps from which conversion is better in one step; inf if never.
+    """The number of training steps from which a conversion is better in one step; inf if never.
 
     Between two looks the logarithm of the quotient is taken as linear in that of the length.
     """
-    own, other = scores.along[RECTIFIED], scores.along[CONVERTED]
+    own = scores.along[RECTIFIED]
     before: tuple[float, float] | None = None
     for length in own:
-        lead = math.log(own[length][0] / other[length][0])
+        lead = math.log(own[length][0] / scores.converted(length)[0])
         if lead >= 0:
             if before is None:
                 return float(length)
@@ -81,14 +87,14 @@ def draw(scores: Sequence[Scores], theory: Theory, run: Run, seed: int) -> dict[
             floor=(BEFORE, level),
             logarithmic="xy",
         )
-        own, other = (
-            [cell(statistics.fmean(row[i] for row in rows[arm])) for i in (0, -1)]
-            for arm in (RECTIFIED, CONVERTED)
+        own, kept, turned = (
+            [cell(statistics.fmean(row[i] for row in rows[arm])) for i in (0, -1)] for arm in ARMS
         )
         pictures[drawn] = (
             f"Distance from the teacher's sample in {title} step{'s' * place}: rectified "
             f"{own[0]} after {looks[0]} training steps and {own[1]} after {looks[-1]}, "
-            f"converted {other[0]} and {other[1]}. Band: range of the seeds."
+            f"converted {kept[0]} and {kept[1]}, with the sign turned first {turned[0]} and "
+            f"{turned[1]}. Band: range of the seeds."
         )
     gaps = {name: [s.gaps[name] for s in scores] for name in scores[0].gaps}
     drawn = bands(

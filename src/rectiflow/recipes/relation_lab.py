@@ -238,14 +238,14 @@ class Lab:
         return self._images(prompts.end_vectors()[:2], model, seed=seed, relation=torch.arange(2))
 
     def _images(self, texts: Tensor, model: object, *, seed: int, **more: Tensor) -> Tensor:
-        """Pictures of two texts, half of them each, from the same noises."""
+        """Pictures of two texts, half of them each, each from noises of its own."""
         count, device = self.settings.samples, device_of(self.flow)
         generator = torch.Generator().manual_seed(10_000 + seed)
-        noises = draw_source(self.flow, count, generator=generator)
+        noises = draw_source(self.flow, 2 * count, generator=generator)
         condition = {KEY: texts, **more}
         return sample(
             self.flow,
-            source=torch.cat([noises, noises]),
+            source=noises,
             field=model,
             **{name: v.repeat_interleave(count, 0).to(device) for name, v in condition.items()},
         )

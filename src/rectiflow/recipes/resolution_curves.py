@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.time_shift import TimeShift, shift_times
 from rectiflow.recipes.tools import new_model, stage, train
 from rectiflow.training.data import ImageData
@@ -68,10 +68,11 @@ def denoising_errors(
 ) -> list[float]:
     """`E|denoise(x_t) - data|²` per pixel at every time, with fresh noise."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    images, noise = images.to(device_of(model)), noise.to(device_of(model))
     found = []
     with torch.no_grad(), evaluating(model):
         for moment in times:
-            t = torch.full((len(images),), moment)
+            t = torch.full((len(images),), moment, device=images.device)
             x = model.path.interpolate(noise, images, t)
             found.append(float((model.denoise(x, t) - images).square().mean()))
     return found

@@ -170,7 +170,10 @@ def _numbers(found: Found) -> list[Number]:
 
 
 def _checks(found: Found, settings: Settings) -> list[Check]:
-    """The specification's pass rules; a bar of 3 dB and slacks of one point are ours."""
+    """The specification's pass rules; a bar of 3 dB and slacks of one point are ours.
+
+    An injection without effect moves no edit and is as good as a plain edit: both fail.
+    """
     ours, euler = found.orders["RF-Solver"], found.orders["Euler"]
     budgets = [budget for budget in settings.inversion.budgets if budget >= LEAST]
     gained = tuple(min(gains(seed, budgets)) for seed in found.lost)
@@ -184,7 +187,7 @@ def _checks(found: Found, settings: Settings) -> list[Check]:
         Check("order of Euler's round trip", (euler.trip,), at_most=1.2, broken=1.5),
         Check("round-trip errors, from the released code's (share)", (away,), at_most=0.05),
         Check(f"PSNR gained at {LEAST} or more evaluations (dB)", gained, at_least=3, broken=0),
-        Check("distance to the source: largest rise with more injection", rises, at_most=0),
+        Check("distance to the source: largest rise with more injection", rises, at_most=-1e-3),
         Check(
             "edits of the target class: largest rise with more injection (points)",
             points,
@@ -194,8 +197,8 @@ def _checks(found: Found, settings: Settings) -> list[Check]:
         Check(
             "distance at equal accuracy, plain / RF-Edit",
             tuple(advantage(seed) for seed in found.curves),
-            at_least=1,
-            broken=0.97,
+            at_least=1.02,
+            broken=1.005,
         ),
     ]
 

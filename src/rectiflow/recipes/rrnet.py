@@ -169,7 +169,7 @@ def _checks(found: Sequence[Found]) -> list[Check]:
         Check(
             "rectifier: gain of the prompt that gains less",
             tuple(-v for v in _worst(found, lambda f: -_gain(f))),
-            at_least=0.0,
+            at_least=0.05,
         ),
         Check(
             "rectifier: cosine of both ends (frozen model: 1)",
@@ -194,8 +194,11 @@ def _notes(settings: Settings) -> list[str]:
         "worse pair of colours of each seed.",
         "The order is a choice between two, so that chance is one half whatever else a picture "
         "shows; the oracle must put both squares where they belong.",
-        "Both sentences have the same end of text and the same noises here, so without direction "
-        "both prompts make the same pictures, one of which is wrong.",
+        "Both sentences have the same end of text here, so without direction both prompts make "
+        "pictures of the same kind; each is judged on noises of its own, or one would be right "
+        "wherever the other is wrong.",
+        f"Rectifiers are fitted in {settings.iterations} iterations of five steps; the "
+        "specification has 150.",
         "The negative term has no bound: the lengths of the shifts say what it costs.",
     ]
 

@@ -62,7 +62,8 @@ PRESETS = {
         flow=stage(40, batch_size=64),
         anneal=stage(24, batch_size=64),
         distil=stage(12, batch_size=64),
-        pairs=(64, 128),
+        pairs=(64,),
+        flow_pairs=128,
         mirrored_pairs=64,
         distil_pairs=64,
         solver_steps=10,
@@ -82,6 +83,7 @@ PRESETS = {
         anneal=_paper_stage(800_000),
         distil=_paper_stage(400_000, warmup=0),
         pairs=(50_000,),
+        flow_pairs=50_000,
         mirrored_pairs=50_000,
         distil_pairs=50_000,
         solver="dopri5",
@@ -166,7 +168,10 @@ def _fall(before: Sequence[float], after: Sequence[float]) -> tuple[float]:
 
 
 def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[Check]:
-    """The specification's rules; where it asks for a mean over seeds, the mean is one value."""
+    """The specification's rules; where it asks for a mean over seeds, the mean is one value.
+
+    As good as the teacher's first step, within a thousandth, is not better.
+    """
     few = settings.pairs[0]
     paired, annealed = (
         [one.annealing[few][arm].one for one in found] for arm in (PAIRED, ANNEALED)
@@ -179,7 +184,7 @@ def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[C
             f"annealing, {few} pairs: fall of the mean {distance} in one step",
             _fall(paired, annealed),
             at_least=0.03,
-            broken=0.0,
+            broken=0.001,
         ),
         Check(
             "mirrored pairs: fall of the error on held-out pairs",
@@ -190,12 +195,12 @@ def _checks(found: Sequence[Found], settings: Settings, distance: str) -> list[C
         Check(
             f"guided: {distance}, student's first step / teacher's",
             ratios([s.distance for s in first], [s.distance for s in second]),
-            at_most=1.0,
+            at_most=0.999,
         ),
         Check(
             "guided: difference to the flow's results, student's first step / teacher's",
             ratios([s.error for s in first], [s.error for s in second]),
-            at_most=1.0,
+            at_most=0.999,
         ),
         # Worse than plain distillation by as much as it should be better: not a tie any more.
         Check(
@@ -231,33 +236,36 @@ def _notes(settings: Settings, shape: Sequence[int]) -> list[str]:
 def _draw(
     found: Sequence[Found], settings: Settings, distance: str, floor: float, run: Run
 ) -> dict[Path, str]:
-    """One-step quality over the number of pairs; samples of the distilled students."""
-    counts = list(settings.pairs)
+    """One-step quality by number of pairs; samples of the distilled students."""
     rows = {
-        arm: [[one.annealing[count][arm].one for count in counts] for one in found]
+        (count, arm): [one.annealing[count][arm].one for one in found]
+        for count in settings.pairs
         for arm in (PAIRED, ANNEALED)
     }
-    over_pairs = bands(
-        {arm: (counts, values) for arm, values in rows.items()},
+    annealing = bands(
+        {
+            f"{arm}, {count} pairs": ([place], [[value] for value in values])
+            for place, ((count, arm), values) in enumerate(rows.items(), 1)
+        },
         run.path("annealing.png"),
-        across="pairs of the teacher",
+        across="student",
         up=f"{distance}, one step",
         floor=("train vs. test", floor),
-        logarithmic="x",
     )
     guided = found[0].guided
     sheets = compare_samples(
         {arm: scored.images for arm, scored in guided.items()}, run.path("distilled.png")
     )
-    few = {arm: statistics.fmean(value[0] for value in values) for arm, values in rows.items()}
+    few = settings.pairs[0]
+    paired, annealed = (statistics.fmean(rows[few, arm]) for arm in (PAIRED, ANNEALED))
     means = {
         arm: cell(statistics.fmean(s.distance for s in scored))
         for arm, scored in _by_arm(found, "guided").items()
     }
     return {
-        over_pairs: f"One-step {distance} of small students against the number of pairs: with "
-        f"{counts[0]}, {cell(few[PAIRED])} when paired from the start and {cell(few[ANNEALED])} "
-        "when annealed. Band: range of the seeds.",
+        annealing: f"One-step {distance} of small students on {few} pairs of the teacher: "
+        f"{cell(paired)} when paired from the start and {cell(annealed)} when annealed. Bar: range "
+        "of the seeds.",
         sheets: f"One step from the same noises, seed {settings.seeds[0]}. Mean {distance}: "
         + ", ".join(f"{arm} {value}" for arm, value in means.items())
         + ".",

@@ -55,8 +55,10 @@ class Settings:
     """Distillation to one step."""
     ramp: float = 0.375
     """Share of the training after which no fresh noise is mixed in."""
-    pairs: tuple[int, ...] = (1000, 8000)
-    """Numbers of pairs for annealing; the first is judged, the last makes the flow to distil."""
+    pairs: tuple[int, ...] = (1000,)
+    """Numbers of pairs for annealing; the first is judged."""
+    flow_pairs: int = 8000
+    """Pairs that make the flow to distil."""
     mirrored_pairs: int = 500
     """Pairs of the experiment with mirrored pairs."""
     distil_pairs: int = 500
@@ -145,7 +147,9 @@ class Lab:
                 arm: self._annealed(self._student(teacher, pairs, annealed=arm == ANNEALED))
                 for arm in (PAIRED, ANNEALED)
             }
-        student = self.settings.guided_student
+        settings = self.settings
+        pairs = self._pairs(teacher, "pairs-flow", settings.flow_pairs, settings.solver_steps)
+        student = settings.guided_student
         return found, self._student(teacher, pairs, annealed=True, student=student)
 
     def mirrored(self) -> dict[str, float]:

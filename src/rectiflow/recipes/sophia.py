@@ -155,7 +155,7 @@ class Trained:
 
     Attributes:
         looks: steps at which held-out windows were judged.
-        losses: their mean loss in nats at each.
+        losses: their mean loss in nats at each; infinite if it was not finite.
         win_rates: share of weights not clipped at each; empty for AdamW.
     """
 
@@ -204,7 +204,7 @@ def train(
             with torch.no_grad():
                 value = float(net.loss(held))
             looks.append(step + 1)
-            losses.append(value if math.isfinite(value) else 100.0)
+            losses.append(value if math.isfinite(value) else math.inf)
             if isinstance(mover, SophiaG):
                 wins.append(mover.win_rate())
     return Trained(tuple(looks), tuple(losses), tuple(wins))
@@ -242,9 +242,8 @@ def run(settings: Settings, run: Run) -> Result:
 
         def tried(arm: str, choice: Choice) -> float:
             seeds = settings.tuning_seeds
-            return statistics.fmean(
-                trained(arm, choice, settings.steps, seed).losses[-1] for seed in seeds
-            )
+            steps = settings.steps // 2
+            return statistics.fmean(trained(arm, choice, steps, seed).losses[-1] for seed in seeds)
 
         for arm, grid in grids.items():
             chosen[arm] = min(grid, key=partial(tried, arm)) if settings.tuning_seeds else grid[0]
@@ -283,6 +282,12 @@ def _numbers(taken: Mapping[str, int], arms: Mapping[str, Sequence[Trained]]) ->
 def _checks(taken: Mapping[str, int], arms: Mapping[str, Sequence[Trained]]) -> list[Check]:
     """The specification's rules; it expects the second to fail."""
     last = {arm: [one.losses[-1] for one in found] for arm, found in arms.items()}
+
+    def above(arm: str) -> tuple[float, ...]:
+        # Beside a training that diverged nothing is good.
+        pairs = zip(last[arm], last[ADAMW])
+        return tuple(a - b if math.isfinite(b) else math.nan for a, b in pairs)
+
     return [
         Check(
             "two weights: steps of Sophia / Adam",
@@ -291,12 +296,12 @@ def _checks(taken: Mapping[str, int], arms: Mapping[str, Sequence[Trained]]) -> 
         ),
         Check(
             "text: loss of Sophia in half the steps - AdamW, nats",
-            tuple(a - b for a, b in zip(last[_half(SOPHIA)], last[ADAMW])),
+            above(_half(SOPHIA)),
             at_most=0.0,
         ),
         Check(
             "text: loss of Sophia - AdamW in the same steps, nats",
-            tuple(a - b for a, b in zip(last[SOPHIA], last[ADAMW])),
+            above(SOPHIA),
             at_most=0.03,
         ),
     ]
@@ -307,10 +312,10 @@ def _notes(
 ) -> list[str]:
     sophia, adam = chosen[SOPHIA], chosen[ADAMW]
     return [
-        f"Tuned on {len(settings.tuning_seeds)} other seeds among {len(grids[SOPHIA])} settings "
-        f"each: AdamW rate {adam.rate:g}, weight decay {adam.other:g}; Sophia rate "
-        f"{sophia.rate:g}, gamma {sophia.other:g}. Every length of training has a schedule of its "
-        "own.",
+        f"Tuned in half the steps on {len(settings.tuning_seeds)} other seeds among "
+        f"{len(grids[SOPHIA])} settings each, by the held-out windows that judge: AdamW rate "
+        f"{adam.rate:g}, weight decay {adam.other:g}; Sophia rate {sophia.rate:g}, gamma "
+        f"{sophia.other:g}. Every length of training has a schedule of its own.",
         f"Sophia takes {1 + 1 / settings.interval:g} gradients a step. On the two weights Newton's "
         f"method goes to a stationary point that is no minimum; {NEVER} steps stand for never. "
         "From a first weight below 0 Sophia would end in the other valley.",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rectiflow.flows.couplings import Independent
-from rectiflow.flows.fields import FlowModel, evaluating
+from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.snr_times import CosMap, LogitNormal, Mode
 from rectiflow.flows.times import TimeSampler, Uniform
@@ -150,12 +150,14 @@ def errors_over_time(settings: ErrorSettings, times: Sequence[float], seed: int)
     )
     target = draw(settings.count)
     source = torch.randn(target.shape, generator=generator)
+    device = device_of(model)
     found = []
     with torch.no_grad(), evaluating(model):
         for moment in times:
             t = torch.full((len(target),), moment)
             x = RectifiedPath().interpolate(source, target, t)
-            wrong = model.velocity(x, t) - mixture_velocity(x, t, centres, settings.std)
+            exact = mixture_velocity(x, t, centres, settings.std)
+            wrong = model.velocity(x.to(device), t.to(device)).cpu() - exact
             found.append(float(wrong.square().sum(1).mean()))
     return found
 

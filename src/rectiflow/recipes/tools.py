@@ -89,8 +89,9 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:
 def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
     """The mean of differences seed by seed, in standard errors of that mean.
 
-    Signed infinity if all differences are the same, or some infinite; NaN for a single seed or
-    where all are 0.
+    Signed infinity if all differences are the same; NaN for a single seed or where all are 0. Where
+    `below` is infinite on a seed, and `above` nowhere, minus infinity; NaN where `above` is: what
+    is better than a training that diverged need not be good.
 
     Example:
         >>> round(standard_errors([3.0, 4.0, 5.0], [1.0, 1.0, 1.0]), 3)
@@ -99,9 +100,9 @@ def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
     differences = [a - b for a, b in zip(above, below, strict=True)]
     if len(differences) < 2:
         return math.nan
+    if not all(map(math.isfinite, differences)):
+        return -math.inf if sum(differences) == -math.inf else math.nan
     mean = statistics.fmean(differences)
-    if not math.isfinite(mean):
-        return mean
     error = statistics.stdev(differences) / len(differences) ** 0.5
     if error:
         return mean / error
@@ -109,12 +110,14 @@ def standard_errors(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def shifted_mean(values: Sequence[float], errors: float) -> float:
-    """The mean plus so many of its standard errors; a single value as it is.
+    """The mean plus so many of its standard errors; a single value as it is, NaN unless finite.
 
     Example:
         >>> round(shifted_mean([1.0, 2.0, 3.0], -2), 4)
         0.8453
     """
+    if not all(map(math.isfinite, values)):
+        return math.nan
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean

@@ -43,6 +43,8 @@ CLAIM = (
 )
 PLAIN = "plain"
 CNN, VIT = "CNN, SGD", "ViT, Adam"
+JUDGED = 0.1
+"""The damping by which the claim is judged."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Settings:
     batch_size: int = 128
     """Images of a batch."""
     lams: tuple[float, ...] = (0.05, 0.1, 0.2)
-    """Dampings; the claim is judged at 0.1."""
+    """Dampings of the CNN; the claim is judged at 0.1, which the transformer has alone."""
     cnn_width: int = 16
     """Channels of the first convolution."""
     cnn_rates: tuple[float, ...] = (0.03, 0.1)
@@ -77,6 +79,8 @@ class Settings:
     """Learning rates tried for the plain transformer."""
     smoothing: float = 0.0
     """Label smoothing of the transformer's training."""
+    vit_seeds: int = 3
+    """How many of the seeds the transformer has: no check judges it."""
     pixels: int = 20
     """Inputs of the linear regression."""
     rows: int = 500
@@ -87,6 +91,10 @@ class Settings:
     """Seeds that choose the learning rates."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of weights and batches."""
+
+    def __post_init__(self) -> None:
+        if JUDGED not in self.lams:
+            raise ValueError(f"lams must hold {JUDGED:g}, where the claim is judged: {self.lams}")
 
 
 PRESETS = {
@@ -128,9 +136,12 @@ def run(settings: Settings, run: Run) -> Result:
     )
     rates, arms = {}, {}
     grids = {CNN: settings.cnn_rates, VIT: settings.vit_rates}
-    dampings = {PLAIN: None, **{_name(lam): lam for lam in settings.lams}}
+    plans: dict[str, tuple[Sequence[float], Sequence[int]]] = {
+        CNN: (settings.lams, settings.seeds),
+        VIT: ((JUDGED,), settings.seeds[: settings.vit_seeds]),
+    }
     tried = sum(len(grid) for grid in grids.values() if len(grid) > 1) * len(settings.tuning_seeds)
-    count = tried + len(grids) * len(dampings) * len(settings.seeds)
+    count = tried + sum((1 + len(lams)) * len(seeds) for lams, seeds in plans.values())
     with bar("classifiers", count, unit="trainings") as progress:
 
         def trained(kind: str, lam: float | None, rate: float, seed: int) -> Trained:
@@ -139,12 +150,15 @@ def run(settings: Settings, run: Run) -> Result:
             return found
 
         def score(kind: str, rate: float, seed: int) -> float:
-            return trained(kind, None, rate, seed).accuracy
+            progress.update(progress.done + 1)
+            return _train(kind, None, rate, settings, images.tuning(), seed).accuracy
 
         for kind, grid in grids.items():
             rates[kind] = best_rate(grid, settings.tuning_seeds, partial(score, kind))
+            lams, seeds = plans[kind]
+            dampings = {PLAIN: None, **{_name(lam): lam for lam in lams}}
             arms[kind] = {
-                name: [trained(kind, lam, rates[kind], seed) for seed in settings.seeds]
+                name: [trained(kind, lam, rates[kind], seed) for seed in seeds]
                 for name, lam in dampings.items()
             }
     regression = regress(settings.pixels, settings.rows, settings.regression_steps)
@@ -238,9 +252,9 @@ def _checks(arms: Mapping[str, Sequence[Trained]], found: Regression) -> list[Ch
     """The specification's rules; what it asks of a mean over seeds is one value."""
     return [
         Check(
-            f"{CNN}: accuracy gained at λ = 0.1, mean less two standard errors",
-            (shifted_mean(_gains(arms, _name(0.1)), -2),),
-            at_least=0.0,
+            f"{CNN}: accuracy gained at λ = {JUDGED:g}, mean less two standard errors",
+            (shifted_mean(_gains(arms, _name(JUDGED)), -2),),
+            at_least=1e-3,
         ),
         Check(
             "regression: TrAct's last excess loss / first, at rate 1",
@@ -274,16 +288,16 @@ def _notes(
             f"{kind} {rates[kind]:g} of {len(grid)} tried for the plain layer"
             for kind, grid in ((CNN, settings.cnn_rates), (VIT, settings.vit_rates))
         )
-        + f", on {len(settings.tuning_seeds)} other seeds. TrAct takes the same, untuned, at every "
-        "λ.",
+        + f", on {len(settings.tuning_seeds)} other seeds and a fifth of the training images. "
+        "TrAct takes the same, untuned, at every λ.",
     ]
     if images.name != settings.data:
         texts.append(f"{settings.data} was not found: digits stand in for it.")
-    gain = _gains(arms[VIT], _name(0.1))
+    gain = _gains(arms[VIT], _name(JUDGED))
     texts.append(
-        f"Under Adam much of the preconditioner's scale cancels: the transformer gains "
-        f"{cell(statistics.fmean(gain))} at λ = 0.1 ({cell(shifted_mean(gain, -2))} less two "
-        "standard errors)."
+        f"The transformer under Adam, which no check judges, gains "
+        f"{cell(statistics.fmean(gain))} at λ = {JUDGED:g} ({cell(shifted_mean(gain, -2))} less "
+        f"two standard errors of {len(gain)} seeds)."
     )
     return texts
 
@@ -317,8 +331,8 @@ def _draw(
         logarithmic="y",
     )
     drawn[path] = (
-        f"Linear regression on pixels up to 255: the condition number falls from "
-        f"{cell(found.plain)} to {cell(found.rectified)}; plain gradient descent diverges at the "
-        "rate that TrAct takes."
+        f"Linear regression on pixels up to 255: the condition number is {cell(found.plain)} for "
+        f"the plain layer and {cell(found.rectified)} under TrAct; at the rate that TrAct takes, "
+        f"plain gradient descent ends at {cell(found.losses[SAME_RATE][-1])} of its first loss."
     )
     return drawn
