@@ -122,7 +122,7 @@ def test_models_with_times_of_their_own_are_refused() -> None:
                 to_pipeline(model, shared(name))
     model = from_pipeline(shared("sd"), steps=3)
     model.sampling["solver"] = "first-order"
-    with pytest.raises(ValueError, match="3 equal steps do not meet: .* divides 1000"):
+    with pytest.raises(ValueError, match=r"3 equal steps do not meet: .* divides 1000"):
         to_pipeline(model, shared("sd"))
     # DDIM itself moves by 333 timesteps here, off its own grid.
     model.sampling["steps"] = model.path.trailing(3)

@@ -116,7 +116,7 @@ def check_pairs(
         batch_size: pairs computed together.
 
     Raises:
-        ValueError: a batch size that is not positive, or solver or steps are neither given nor known.
+        ValueError: solver or steps are neither given nor known, or no positive batch size.
 
     Example:
         >>> model = FlowModel(lambda x, t: torch.ones_like(x))

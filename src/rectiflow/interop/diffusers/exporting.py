@@ -14,7 +14,7 @@ from rectiflow.flows.integration import time_grid
 from rectiflow.interop.diffusers.families import Family, family_of_pipeline
 from rectiflow.interop.diffusers.networks import PipelineNet
 from rectiflow.interop.diffusers.readings import AnalyticReading, FlowReading, TableReading
-from rectiflow.interop.diffusers.scheduling import is_flow, stock_times
+from rectiflow.interop.diffusers.scheduling import is_flow, stock_solver, stock_times
 
 WHOLE = 1000
 """Timesteps of the flow schedulers that U-Net pipelines accept; they feed whole numbers."""
@@ -80,8 +80,7 @@ def _scheduler(model: FlowModel, net: PipelineNet, family: Family, pipe: Any) ->
             return pipe.scheduler
         raise ValueError(_own_times(len(steps) - 1))
     if not isinstance(steps, int):
-        known = is_flow(pipe.scheduler) and solver in ("euler", "first-order")
-        if known and _same_times(steps, stock_times(pipe, len(steps) - 1, shape=net.shape)):
+        if is_flow(pipe.scheduler) and _on_stock_grid(steps, solver, net, pipe):
             return pipe.scheduler
         raise ValueError(_own_times(len(steps) - 1))
     # A terminal noise level of 1/k makes the k levels 1, (k - 1)/k, ..., 1/k.
@@ -161,6 +160,14 @@ def _ddim(pipe: Any) -> Any:
         thresholding=False,
         steps_offset=1,
     )
+
+
+def _on_stock_grid(times: Sequence[float], solver: Any, net: PipelineNet, pipe: Any) -> bool:
+    """Whether a flow's times are those of its pipeline, and its steps too."""
+    own = stock_solver(pipe.scheduler)
+    # On straight lines first-order steps are Euler's.
+    known = solver == own or (solver, own) == ("first-order", "euler")
+    return known and _same_times(times, stock_times(pipe, len(times) - 1, shape=net.shape))
 
 
 def _same_times(first: Sequence[float], second: Sequence[float]) -> bool:
