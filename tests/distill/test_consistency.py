@@ -18,6 +18,7 @@ from rectiflow.flows import (
     sample,
 )
 from rectiflow.flows.couplings import Draw
+from rectiflow.guidance import APG
 from rectiflow.nets import build
 from rectiflow.training import FlowMatching, OptimizerSettings, Trainer, TrainerSettings
 
@@ -169,7 +170,7 @@ def test_training_brings_one_step_nearer():
     trained = Trainer(method, settings(80)).fit()
     source = points(500, seed=9)
     wanted = sample(start, source=source, steps=50, solver="first-order")
-    assert trained.sampling == {"solver": "first-order", "steps": 1}
+    assert trained.sampling == {"solver": "first-order", "steps": 1, "made_for": 1}
     before = sample(start, source=source, steps=1, solver="first-order")
     errors = [float((x - wanted).square().mean()) for x in (before, sample(trained, source=source))]
     assert errors[1] < 0.7 * errors[0]
@@ -183,7 +184,10 @@ def test_training_brings_one_step_nearer():
         ("v", {"boundary": "huber"}, "unknown boundary 'huber'"),
         ("v", {"decay": 1.0}, "decay must be in"),
         ("v", {"width": 0.0}, "width must be > 0"),
-        ("v", {"steps": [1.0, 0.0]}, "times must rise from noise to data, got 1 to 0"),
+        ("v", {"steps": [1.0, 0.0]}, r"times must rise from 0 .* to 1 .* got 1 to 0"),
+        ("v", {"steps": [0.0, 0.5, 0.9]}, r"times must rise from 0 .* to 1 .* got 0 to 0.9"),
+        ("v", {"steps": [0.1, 1.0]}, r"times must rise from 0 .* to 1 .* got 0.1 to 1"),
+        ("v", {"guided": APG(model_of(), 2.0, momentum=-0.5)}, r"single steps .* set momentum=0"),
     ],
 )
 def test_wrong_choices_are_refused(prediction, options, message):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.stirring import stirred
 from torch import nn
 
 from rectiflow.distill.density_ratio import (
@@ -18,9 +19,10 @@ from rectiflow.distill.density_ratio import (
     discriminator_loss,
 )
 from rectiflow.distill.divergences import DIVERGENCES
+from rectiflow.distill.lora import with_lora
 from rectiflow.distill.ratio_weights import RatioWeights
 from rectiflow.flows import FlowModel
-from rectiflow.nets import MLP, UNet
+from rectiflow.nets import MLP, DiffusionVelocity, Stacked, UNet
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -189,6 +191,19 @@ def test_heads_take_maps_of_any_size(side):
     assert net([torch.randn(2, 6, side, side + 1)]).shape == (2,)
 
 
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_logits_of_maps_tell_them_apart(width):
+    net = stirred(Discriminator([(width, 8, 8)]), 0.3)
+    maps = random(3, width, 8, 8)
+    with torch.no_grad():
+        logits = net.train()([maps])
+        assert float((logits[0] - logits[1]).abs()) > 1e-3
+        torch.testing.assert_close(net([maps[:1]]), logits[:1])
+        # Not the signs alone: a map twice as large has another logit.
+        wide = net([3 * maps[:1]])
+    assert float((wide - logits[:1]).abs()) > 1e-3
+
+
 def test_heads_take_tokens_and_average():
     net = Discriminator([(5, 6), (4,)], width=8)
     with torch.no_grad():
@@ -198,6 +213,21 @@ def test_heads_take_tokens_and_average():
     )
     with pytest.raises(ValueError, match=r"features must be vectors .* got shape \(1, 2, 3, 4\)"):
         Discriminator([(1, 2, 3, 4)])
+
+
+def test_default_features_are_found_inside_wrappers():
+    net = MLP(shape=(2,), width=8, depth=2)
+    assert default_features(DiffusionVelocity(net=net)) == "net.blocks.1"
+    assert default_features(Stacked.of(net)) == "first.blocks.1"
+    judge = Judge(FlowModel(DiffusionVelocity(net=net), shape=(2,)))
+    assert judge.look(random(3, 2), torch.rand(3), {})[0].shape == (3, 8)
+
+
+def test_default_features_are_found_beside_adapters():
+    pytest.importorskip("peft")
+    thin = with_lora(FlowModel(MLP(shape=(2,), width=8, depth=2), shape=(2,)), 2, ["inner"])
+    assert default_features(thin.net) == "net.blocks.1"
+    assert Judge(thin).look(random(3, 2), torch.rand(3), {})[0].shape == (3, 8)
 
 
 def test_estimate_keeps_gradients_to_the_state_and_off_all_weights():

@@ -20,6 +20,7 @@ from rectiflow.flows.couplings import Draw, TensorData
 from rectiflow.flows.diffusion_paths import VariancePreservingPath
 from rectiflow.flows.paths import RectifiedPath
 from rectiflow.flows.times import Uniform
+from rectiflow.guidance import APG
 from rectiflow.nets import MLP
 from rectiflow.training import OptimizerSettings, Trainer, TrainerSettings
 
@@ -218,6 +219,7 @@ def test_one_step_is_what_sampling_does():
     for path, solver in ((RectifiedPath(), "euler"), (VariancePreservingPath(), "renoise")):
         method = matching(make(path=path), None, divergence="rkl", gan_weight=0.0)
         assert method.model.sampling["solver"] == solver
+        assert method.model.sampling["made_for"] == 1
         given = method.generator.given(Draw.of(6))
         made = method.generator.samples(Draw.of(6), given)
         # The variance-preserving estimate divides by alpha(0) = 0.0066: 1e-5 of its size is left.
@@ -254,7 +256,9 @@ def test_steps_are_fed_with_noised_data_or_own_samples(simulate):
         expected = 0.4 * given.real.target + 0.6 * given.source
     torch.testing.assert_close(x[~first], expected[~first])
     assert len(seen) == (2 if simulate else 1)
-    assert generator.sampling == {"solver": "renoise", "steps": [0.0, 0.4, 1.0]}
+    assert generator.sampling == {
+        "solver": "renoise", "steps": [0.0, 0.4, 1.0], "made_for": 2,
+    }  # fmt: skip
 
 
 def test_start_times():
@@ -417,6 +421,8 @@ def test_a_discriminator_of_your_own():
         ),
         ({"data": torch.zeros(9, 3)}, r"states must have shape \(batch, 2\)"),
         ({"steps": (0.2,)}, "must start at 0"),
+        ({"teacher": make(prediction="noise")}, "a noise prediction says nothing of the data"),
+        ({"teacher": APG(make(), 2.0, momentum=-0.5)}, r"drawn anew, .* set momentum=0"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -9,6 +9,7 @@ from rectiflow.distill import FlowGuidedDistillation, OneStepDistillation
 from rectiflow.flows import L2, FlowModel, PseudoHuber
 from rectiflow.flows.couplings import Draw, Pairs
 from rectiflow.flows.diffusion_paths import VariancePreservingPath
+from rectiflow.guidance import APG
 from rectiflow.nets import build
 from rectiflow.training import OptimizerSettings, Trainer, TrainerSettings
 
@@ -184,6 +185,11 @@ def test_parts_make_the_whole():
         ({"u_range": (0.8, 0.2)}, r"u_range needs 0 <= low <= high <= 1, got \(0.8, 0.2\)"),
         ({"u_range": (0.0, 1.1)}, "u_range needs"),
         ({"weight": -1.0}, "weight must be >= 0, got -1"),
+        ({"guided": APG(model(), 2.0, momentum=-0.5)}, r"drawn anew, .* set momentum=0"),
+        (
+            {"student": FlowModel(model().net, prediction="noise", shape=(2,))},
+            "a noise prediction says nothing of the data at t = 0",
+        ),
     ],
 )
 def test_wrong_values(options, message):

@@ -115,6 +115,9 @@ def test_incompatible_choices_are_refused_with_a_reason():
         made("flow-guided", curved, student=new_student(curved, SMALL))
     with pytest.raises(ValueError, match="needs a model on the rectified path, got 'vp'"):
         made("one-step", curved)
+    for name in ("consistency", "f-distill"):
+        with pytest.raises(ValueError, match=f"{name} trains on no null condition of its own"):
+            METHODS[name].make(model, LivePairs(model), Choices(condition_dropout=0.1))
     alone = dataclasses.replace(METHODS["reflow"], student="impossible")
     with pytest.raises(ValueError, match="goes on from the teacher's weights"):
         alone.make(model, LivePairs(model), Choices(student=new_student(model, SMALL)))

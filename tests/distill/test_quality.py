@@ -75,6 +75,27 @@ def test_frechet_equals_the_matrix_formula():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
 
 
+def test_pairs_are_checked_in_batches():
+    sizes, push = [], turning(1.0).net
+
+    def seen(x, t, label):
+        sizes.append(len(x))
+        return push(x, t) * label[:, None]
+
+    label = torch.linspace(0.5, 1.0, 300)
+    model, x = FlowModel(seen, shape=(2,)), noise(300)
+    with torch.no_grad():
+        pairs = Pairs(x, integrate(model, x, 5, "euler", label=label), {"label": label})
+    sizes.clear()
+    parts = check_pairs(model, pairs, solver="euler", steps=5, batch_size=100)
+    assert max(sizes) == 100
+    assert set(sizes) == {100, 56}
+    whole = check_pairs(model, pairs, solver="euler", steps=5)
+    assert max(sizes) == 256
+    assert parts.round_trip_error == pytest.approx(whole.round_trip_error)
+    assert parts.finer_difference == pytest.approx(whole.finer_difference)
+
+
 def test_straight_fields_pass_with_one_step():
     straight = FlowModel(lambda x, t: torch.ones_like(x), shape=(2,))
     quality = check(straight, 1)

@@ -10,7 +10,14 @@ import torch
 
 from rectiflow.distill import Profile, Straightening, generate_pairs, profile
 from rectiflow.distill.straightening import loss_by_time
-from rectiflow.flows import FlowModel, Pairs
+from rectiflow.flows import (
+    CosinePath,
+    FlowModel,
+    GaussianField,
+    PairedGaussian,
+    Pairs,
+    RectifiedPath,
+)
 
 
 def noise(count, seed=0):
@@ -77,6 +84,53 @@ def test_conditions_go_along():
     pairs = Pairs(z, z + label[:, None], {"label": label})
     found = profile(FlowModel(push), pairs, steps=10, count=20)
     assert max(found.loss) < 1e-9
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_exact_first_order_flow_on_a_curved_path_has_nothing_left_to_gain(prediction):
+    mean, std, path = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0]), CosinePath()
+    field, z = PairedGaussian(mean, std, path), noise(256)
+    pairs = Pairs(z, mean + std * z)
+    output = {"velocity": field.velocity, "data": field.denoise}[prediction]
+    found = profile(FlowModel(output, path, prediction), pairs, steps=20)
+    # Rounding of float32 only; Euler's one step would miss by about the spread.
+    assert found.one_step < 1e-4
+    assert found.missed < 1e-4
+    assert found.straightness < 1e-6
+    assert max(found.gap) < 1e-5
+    assert found.measure == "the first-order gap"
+    bent = profile(FlowModel(GaussianField(mean, std, path).velocity, path), pairs, steps=20)
+    report = Straightening(bent, found)
+    assert "the first-order gap fell from" in report.sentence
+    assert bent.straightness > 0.01
+    assert Straightening(found, bent).another_round
+
+
+def test_sentence_says_which_way_the_measure_went():
+    flat, bent = made(straightness=1.0), made(straightness=2.0)
+    assert "S rose from 1 to 2 a dimension" in Straightening(flat, bent).sentence
+    curved = made(straightness=0.25, measure="the first-order gap")
+    mixed = Straightening(curved, flat).sentence
+    assert "the first-order gap was 0.25 and S is 1 a dimension" in mixed
+
+
+@pytest.mark.parametrize("path", [RectifiedPath(), CosinePath()])
+def test_pairs_are_measured_in_batches(path):
+    sizes, z = [], noise(50)
+
+    def seen(x, t, label):
+        sizes.append(len(x))
+        return label[:, None].to(x).expand_as(x)
+
+    pairs = Pairs(z, z + 1, {"label": torch.ones(50, dtype=torch.int64)})
+    whole = profile(FlowModel(seen, path), pairs, steps=10)
+    assert max(sizes) == 50
+    sizes.clear()
+    parts = profile(FlowModel(seen, path), pairs, steps=10, batch_size=16)
+    assert max(sizes) == 16
+    assert parts.loss == pytest.approx(whole.loss)
+    assert parts.gap == pytest.approx(whole.gap)
+    assert parts.one_step == pytest.approx(whole.one_step)
 
 
 @pytest.mark.parametrize(

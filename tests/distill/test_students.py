@@ -95,6 +95,20 @@ def test_encoder_looks_only_at_the_data_end():
     assert method.model.sampling["steps"] == [1.0, 0.0]
 
 
+def test_predictions_that_say_nothing_where_the_steps_start_are_refused():
+    net, pairs = teacher().net, Fixed(points(8, 1), points(8, 2))
+    for prediction in ("noise", "score"):
+        model = FlowModel(net, prediction=prediction, shape=(2,))
+        with pytest.raises(ValueError, match=f"a {prediction} prediction says nothing of the data"):
+            OneStepDistillation(model, pairs)
+    noise = FlowModel(net, prediction="noise", shape=(2,))
+    assert OneStepDistillation(noise, pairs, encoder=True).loss(Draw.of(8)).isfinite()
+    data = FlowModel(net, prediction="data", shape=(2,))
+    assert OneStepDistillation(data, pairs).loss(Draw.of(8)).isfinite()
+    with pytest.raises(ValueError, match="a data prediction says nothing of the noise at t = 1"):
+        OneStepDistillation(data, pairs, encoder=True)
+
+
 def test_straight_coupling_is_learned_exactly_by_one_step():
     # X1 = A X0 + b with A positive definite: lines never cross, so V = 0 and one step is exact.
     matrix = torch.tensor([[2.0, 0.3], [0.3, 0.7]])

@@ -31,7 +31,9 @@ from rectiflow.interop.diffusers import (
     encode_prompts,
     from_pipeline,
     stock_times,
+    with_prompts,
 )
+from rectiflow.interop.diffusers.prompt_table import PromptTable
 
 FLOWS = ("sd3", "flux")
 DIFFUSIONS = ("sd", "sdxl")
@@ -188,6 +190,40 @@ def test_null_condition(name: str) -> None:
         # What is not given is null.
         torch.testing.assert_close(model.velocity(x, t, **null), model.velocity(x, t), **CLOSE)
         assert not torch.allclose(model.velocity(x, t, **given), model.velocity(x, t), atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["native", "analytic", "reinterpret"])
+def test_half_precision_pipelines_take_float32_states(init: str) -> None:
+    pipe = sd()
+    pipe.unet.to(torch.bfloat16)
+    model = from_pipeline(pipe, init=init, size=SIZE)
+    made = sample(model, 2, steps=2, generator=torch.Generator().manual_seed(0))
+    assert made.dtype == torch.float32
+    assert made.isfinite().all()
+
+
+def test_prompts_are_looked_up_once_for_all_steps(monkeypatch) -> None:
+    pipe = shared("sd")
+    table = encode_prompts(pipe, PROMPTS, cache=None)
+    model = with_prompts(from_pipeline(pipe, init="reinterpret", size=SIZE), table)
+    looked, rows = [], PromptTable.rows
+    monkeypatch.setattr(PromptTable, "rows", lambda *given: looked.append(1) or rows(*given))
+    x, prompt = noises(), torch.tensor([1, 0])
+    first = sample(model, source=x, steps=3, prompt=prompt)
+    assert len(looked) == 1
+    prompt.copy_(torch.tensor([0, 1]))
+    second = sample(model, source=x.flip(0), steps=3, prompt=prompt)
+    assert len(looked) == 2
+    torch.testing.assert_close(second.flip(0), first, **CLOSE)
+    again = with_prompts(model, encode_prompts(pipe, PROMPTS[::-1], cache=None))
+    third = sample(again, source=x, steps=3, prompt=prompt)
+    torch.testing.assert_close(third, first, **CLOSE)
+
+
+def test_direction_belongs_to_flows() -> None:
+    for init in ("native", "analytic"):
+        with pytest.raises(ValueError, match="toward='data' says where a flow's output points"):
+            from_pipeline(shared("sd"), init=init, toward="data")
 
 
 def test_sizes_of_sdxl_are_a_condition() -> None:

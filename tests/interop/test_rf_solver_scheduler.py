@@ -15,13 +15,14 @@ from tests.interop.pipelines import (
     tokens,
 )
 
-from rectiflow.flows import integrate
+from rectiflow.flows import integrate, sample
 from rectiflow.flows.guidance import ClassifierFreeGuidance
 from rectiflow.interop.diffusers import (
     RFSolverScheduler,
     encode_prompts,
     from_pipeline,
     stock_times,
+    to_pipeline,
 )
 
 
@@ -57,6 +58,17 @@ def test_stock_pipelines_take_our_steps(name, theta, with_scheduler) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     euler = integrate(field, noises(), times, **given)
     assert (ours - euler).abs().max() > 1e-3
+
+
+def test_pipelines_under_it_are_read_with_its_steps(with_scheduler) -> None:
+    pipe = with_scheduler("sd3", 0.75)
+    model = from_pipeline(pipe, size=SIZE, steps=3, tokens=tokens("sd3"))
+    assert model.sampling["solver"] == "rf-solver:0.75"
+    assert model.net.reading.steps == 1000
+    table = encode_prompts(pipe, PROMPTS, tokens=tokens("sd3"), cache=None)
+    made = sample(model, source=noises(), **table.everything())
+    torch.testing.assert_close(made, stock("sd3", pipe, 3), atol=1e-4, rtol=1e-4)
+    assert to_pipeline(model, pipe).scheduler is pipe.scheduler
 
 
 def test_order_is_two() -> None:

@@ -9,15 +9,23 @@ import torch
 from tests.interop.pipelines import (
     PROMPTS,
     SIZE,
+    ddim,
     noises,
     quiet,
+    sd,
     shared,
     stock,
     tokens,
 )
 from tests.stirring import stirred
 
-from rectiflow.distill import OneStepDistillation, TextReflow, merge_lora, with_lora
+from rectiflow.distill import (
+    OneStepDistillation,
+    RectifiedDiffusion,
+    TextReflow,
+    merge_lora,
+    with_lora,
+)
 from rectiflow.flows import FlowModel, LivePairs, sample
 from rectiflow.flows.couplings import Draw
 from rectiflow.flows.guidance import ClassifierFreeGuidance
@@ -85,6 +93,53 @@ def test_one_step_of_an_analytic_model_is_ddim(name: str) -> None:
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     # One division by alpha = 0.068 magnifies rounding.
     torch.testing.assert_close(ours(name, model), stock(name, pipe, 1), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "pndm"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rectified_diffusion_keeps_its_steps(kind: str, steps: int) -> None:
+    from diffusers import PNDMScheduler
+
+    scheduler = None if kind == "ddim" else PNDMScheduler.from_config(ddim().config)
+    source = sd(scheduler)
+    teacher = from_pipeline(source, size=SIZE)
+    pairs = LivePairs(teacher, 2, labels=encode_prompts(source, PROMPTS, cache=None))
+    model = RectifiedDiffusion(teacher, pairs).model.eval()
+    stirred(model.net.module, 0.02, seed=11)
+    model.sampling["steps"] = steps
+    pipe = quiet(to_pipeline(model, source))
+    # One division by alpha = 0.068 magnifies rounding.
+    torch.testing.assert_close(ours("sd", model), stock("sd", pipe, steps), atol=1e-3, rtol=1e-4)
+
+
+def test_models_with_times_of_their_own_are_refused() -> None:
+    fitted = [0.0, 0.3, 0.45, 1.0]
+    for name, init in (("sd", "native"), ("sd", "reinterpret"), ("sd3", "native")):
+        model = distilled(name, 3, init=init)
+        for solver in ("euler", "first-order", "renoise"):
+            model.sampling = {"solver": solver, "steps": fitted}
+            with pytest.raises(ValueError, match="4 times of its own, which no stock scheduler"):
+                to_pipeline(model, shared(name))
+    model = from_pipeline(shared("sd"), steps=3)
+    model.sampling["solver"] = "first-order"
+    with pytest.raises(ValueError, match=r"3 equal steps do not meet: .* divides 1000"):
+        to_pipeline(model, shared("sd"))
+    # DDIM itself moves by 333 timesteps here, off its own grid.
+    model.sampling["steps"] = model.path.trailing(3)
+    with pytest.raises(ValueError, match="4 times of its own"):
+        to_pipeline(model, shared("sd"))
+    model.sampling["steps"] = [0.0, 0.5, 1.0]
+    assert to_pipeline(model, shared("sd")).scheduler.config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_flows_on_the_grid_of_the_pipeline_keep_its_scheduler(name: str) -> None:
+    model = from_pipeline(shared(name), size=SIZE, steps=3, tokens=tokens(name))
+    pipe = to_pipeline(model, shared(name))
+    assert pipe.scheduler is shared(name).scheduler
+    guidance = 3.5 if name == "flux" else 1.0
+    found = stock(name, quiet(pipe), 3, guidance=guidance)
+    torch.testing.assert_close(ours(name, model), found, **CLOSE)
 
 
 def test_untouched_models_keep_their_scheduler() -> None:

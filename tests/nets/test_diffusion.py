@@ -229,6 +229,8 @@ def test_one_hot_labels_reach_the_network():
     x, t = torch.zeros(3, 2), torch.full((3,), 0.5)
     net(x, t, label=torch.tensor([2, 0, 3]))
     assert net.net.seen.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+    net(x.bfloat16(), t, label=torch.tensor([2, 0, 3]))
+    assert net.net.seen.dtype == torch.bfloat16
     net(x, t)
     assert net.net.seen is None
     assert FlowModel(net).conditional

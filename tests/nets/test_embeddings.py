@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rectiflow.nets import LabelEmbedding, TimeEmbedding
+from rectiflow.flows import FlowModel, integrate
+from rectiflow.nets import LabelEmbedding, TimeEmbedding, build
 
 
 def test_time_features_equal_the_closed_form():
@@ -28,6 +29,17 @@ def test_a_cast_to_half_precision_keeps_the_frequencies():
     assert half.dtype == torch.bfloat16
     # Only the features are rounded, to 2^-9 of 1.
     torch.testing.assert_close(half.float(), exact, atol=2**-8, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet"])
+def test_half_precision_networks_are_sampled(name):
+    small = {"mlp": {"depth": 1}, "unet": {"multipliers": (1,), "blocks": 1, "attention": ()}}
+    net = build(name, shape=(1, 8, 8), width=8, classes=3, **small[name]).to(torch.bfloat16)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.bfloat16)
+    # Solvers keep times in float32.
+    found = integrate(FlowModel(net), x, 2, label=torch.tensor([0, 3]))
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
 
 
 def test_frequencies_come_back_after_the_meta_device():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.nets.test_common import batch
+from tests.stirring import stirred
 from torch import nn
 
-from rectiflow.flows import FlowModel
-from rectiflow.nets import MLP, Stacked, build
+from rectiflow.flows import FlowModel, integrate
+from rectiflow.nets import MLP, DiffusionVelocity, MMDiT, Stacked, build
 
 
 def part(seed: int, **config) -> MLP:
@@ -68,6 +69,20 @@ def test_folder_opens_again(tmp_path) -> None:
     assert torch.equal(again.velocity(x, t), model.velocity(x, t))
 
 
+def test_stacked_transformers_take_their_text() -> None:
+    net = stirred(MMDiT(shape=(1, 4, 4), depth=1, head_dim=8, context_dim=6))
+    model = FlowModel(Stacked.of(net), shape=(1, 4, 4))
+    assert net.conditional
+    assert model.conditional
+    x, context = torch.randn(2, 1, 4, 4), torch.randn(2, 3, 6)
+    given = integrate(model, x, 2, context=context)
+    assert not torch.allclose(given, integrate(model, x, 2))
+    assert not FlowModel(Stacked.of(part(0)), shape=(1, 8, 8)).conditional
+    wrapped = FlowModel(DiffusionVelocity(net=net), shape=(1, 4, 4))
+    assert wrapped.conditional
+    assert integrate(wrapped, x, 2, context=context).isfinite().all()
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="unknown mode 'chian': did you mean 'chain'"):
         Stacked(shape=(2,), mode="chian")
@@ -77,5 +92,7 @@ def test_refusals() -> None:
         Stacked(shape=(2,), second="mlp", mode="single")
     with pytest.raises(ValueError, match="a Linear cannot be stacked: it needs a name and a"):
         Stacked.of(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"DiffusionVelocity cannot be stacked: .* own shape"):
+        Stacked.of(DiffusionVelocity(net=part(0)))
     with pytest.raises(ValueError, match="must be of one shape"):
         Stacked.of(part(0), MLP(shape=(2,), width=4, depth=1))

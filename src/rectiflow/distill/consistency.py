@@ -15,6 +15,7 @@ from rectiflow.flows.couplings import Coupling, Draw
 from rectiflow.flows.data_premetrics import DataPseudoHuber
 from rectiflow.flows.fields import FlowModel, evaluating, velocity_of
 from rectiflow.flows.first_order import first_order_jump
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.integration import time_grid
 from rectiflow.flows.paths import expand
 from rectiflow.flows.premetrics import Premetric, Regression
@@ -40,7 +41,7 @@ class ConsistencyDistillation:
         teacher: the model whose steps are taken and whose weights training starts from, best one
             trained by `RectifiedDiffusion`.
         coupling: what is noised: `Independent(data)` for real data with fresh noises, or pairs.
-        steps: the teacher's number of steps from 0 to 1, or its rising grid of times.
+        steps: the teacher's number of steps, or its rising grid of times from 0 to 1.
         guided: a field around the teacher (guidance) to follow instead of the teacher itself.
         boundary: how the estimate meets the state at the data end: "first-order" takes the
             model's data estimate, which does so by itself for velocity, noise, score and v; "skip"
@@ -51,8 +52,8 @@ class ConsistencyDistillation:
 
     Raises:
         ValueError: "first-order" with a data prediction, a noise or score prediction on a path
-            that starts from pure noise, a falling grid, an unknown boundary, or a decay outside
-            [0, 1).
+            that starts from pure noise, a grid that does not rise from 0 to 1, guidance with
+            momentum, an unknown boundary, or a decay outside [0, 1).
 
     Source: arXiv 2410.07303, section 3.4 (second stage; no code was released); arXiv 2303.01469,
         algorithm 2; decay of arXiv 2310.04378.
@@ -82,16 +83,18 @@ class ConsistencyDistillation:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self._grid = time_grid(steps)
-        if self._grid[-1] < self._grid[0]:
+        if (self._grid[0], self._grid[-1]) != (0.0, 1.0):
             raise ValueError(
-                f"times must rise from noise to data, got {self._grid[0]:g} to {self._grid[-1]:g}"
+                "times must rise from 0 (noise), where the student's one step starts, to 1 (data), "
+                f"got {self._grid[0]:g} to {self._grid[-1]:g}"
             )
+        refuse_memory(guided, "the teacher takes single steps at times drawn anew")
         self.teacher, self.coupling = teacher, coupling
         self.followed = guided if guided is not None else teacher
         self.boundary, self.width, self.decay = boundary, width, decay
         self.premetric: Premetric = premetric if premetric is not None else DataPseudoHuber()
         student = student_of(teacher)
-        student.sampling = {"solver": "first-order", "steps": 1}
+        student.sampling = {"solver": "first-order", "steps": 1, "made_for": 1}
         self._networks = _Networks(student)
         self._seen = 0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rectiflow.distill.teachers import frozen, model_inside
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.fields import Field, evaluating
+from rectiflow.nets.blocks import group_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -164,7 +165,8 @@ def _hooked(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 def default_features(net: Any) -> str:
     """The module of a network that a discriminator looks at unless told otherwise.
 
-    The middle of a U-Net, the last block of a stack of blocks.
+    The middle of a U-Net, the last block of a stack of blocks; of a network around another one,
+    that of the other, and of two in series that of the first.
 
     Raises:
         ValueError: a network with neither.
@@ -180,6 +182,10 @@ def default_features(net: Any) -> str:
             return f"{name}.{len(found) - 1}"
         if isinstance(found, nn.Module):
             return name
+    for name in ("net", "module", "first"):
+        found = getattr(net, name, None)
+        if isinstance(found, nn.Module):
+            return f"{name}.{default_features(found)}"
     raise ValueError(
         f"no module of {type(net).__name__} is known to give features: name one by features=..., "
         "or give a function features(x, t, **condition)"
@@ -207,7 +213,7 @@ class Discriminator(nn.Module):
         tensor([0., 0., 0.], grad_fn=<...>)
 
     Source: arXiv 2502.15681, official code (convolutions of stride 2 down to 4x4, one over all of
-        it, group norm and SiLU between, one logit).
+        it, group norm and SiLU between, one logit). Ours has no norm after the last of them.
     """
 
     def __init__(
@@ -244,14 +250,15 @@ def _map_head(channels: int, height: int, width_of_map: int, *, width: int) -> n
     layers: list[nn.Module] = []
     inputs = channels
     while min(height, width_of_map) > 4:
-        layers += [nn.Conv2d(inputs, width, 4, stride=2, padding=1), *_between(width)]
+        layers += [
+            nn.Conv2d(inputs, width, 4, stride=2, padding=1),
+            group_norm(width),
+            nn.SiLU(),
+        ]
         inputs, height, width_of_map = width, height // 2, width_of_map // 2
-    layers += [nn.Conv2d(inputs, width, (height, width_of_map)), *_between(width)]
+    # No norm on the 1x1 map, where a group of one number would always be 0.
+    layers += [nn.Conv2d(inputs, width, (height, width_of_map)), nn.SiLU()]
     return nn.Sequential(*layers, _silent(nn.Conv2d(width, 1, 1)))
-
-
-def _between(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()]
 
 
 def _silent(layer: nn.Linear | nn.Conv2d) -> nn.Module:

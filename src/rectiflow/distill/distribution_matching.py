@@ -24,11 +24,13 @@ from rectiflow.distill.density_ratio import (
 from rectiflow.distill.divergences import Divergence, resolve
 from rectiflow.distill.few_steps import FewSteps, start_times
 from rectiflow.distill.ratio_weights import TINY, RatioWeights
+from rectiflow.distill.rectified_diffusion import check_start
 from rectiflow.distill.reflow import student_of
 from rectiflow.distill.teachers import model_inside
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Coupling, Data, Draw, Independent
 from rectiflow.flows.fields import Field, FlowModel, device_of, evaluating
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.paths import expand
 from rectiflow.flows.premetrics import L2, Premetric
 from rectiflow.flows.times import TimeSampler, Uniform
@@ -89,8 +91,9 @@ class DistributionMatching:
         discriminator_optimizer: the discriminator's.
 
     Raises:
-        ValueError: models whose shapes or paths do not fit, missing data, times that do not start
-            at 0 and rise below 1, or an unknown or non-convex divergence.
+        ValueError: models whose shapes or paths do not fit, a student that predicts noise or the
+            score from pure noise, guidance with momentum, missing data, times that do not start at
+            0 and rise below 1, or an unknown or non-convex divergence.
 
     Example:
         >>> from rectiflow.nets import MLP
@@ -322,12 +325,14 @@ def _start(
             f"the teacher must be a field with a path and denoise, got {type(teacher).__name__}: "
             "wrap a network as FlowModel(net, path, prediction)"
         )
+    refuse_memory(teacher, "the teacher is asked at times drawn anew")
     inside = model_inside(teacher)
     chosen = student if student is not None else inside
     if chosen is None:
         raise ValueError(
             f"{type(teacher).__name__} has no network to start the student from: give student="
         )
+    check_start(chosen)
     learner = fake if fake is not None else inside if inside is not None else chosen
     shape = chosen.shape if inside is None else inside.shape
     if chosen.shape is None or chosen.shape != shape:

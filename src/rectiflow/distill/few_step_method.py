@@ -66,7 +66,8 @@ class FewStepMethod:
             straight lines otherwise.
         one_path: whether teacher and student must be on the same path.
         conditional: whether it is for teachers that take a condition only.
-        dropout: share of samples trained on the null condition unless told otherwise.
+        dropout: share of samples trained on the null condition unless told otherwise; None for a
+            method that cannot do it.
     """
 
     name: str
@@ -82,7 +83,7 @@ class FewStepMethod:
     keeps_path: bool = False
     one_path: bool = False
     conditional: bool = False
-    dropout: float = 0.0
+    dropout: float | None = 0.0
 
     @property
     def key(self) -> str:
@@ -102,8 +103,8 @@ class FewStepMethod:
 
         Raises:
             ValueError: a teacher without condition where one is needed, a student that is missing
-                or impossible, times where the method has its own, or paths that differ where they
-                must not.
+                or impossible, times where the method has its own, a condition dropout where it has
+                none, or paths that differ where they must not.
         """
         if self.conditional and not teacher.conditional:
             raise ValueError(
@@ -120,6 +121,10 @@ class FewStepMethod:
         if choices.times is not None and not self.times:
             raise ValueError(
                 f"{self.name} looks only at times of its own: leave out a time sampler"
+            )
+        if choices.condition_dropout and self.dropout is None:
+            raise ValueError(
+                f"{self.name} trains on no null condition of its own: leave out a condition dropout"
             )
         start = choices.student if choices.student is not None else teacher
         if self.one_path and start.path != teacher.path:

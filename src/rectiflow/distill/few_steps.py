@@ -126,8 +126,9 @@ class FewSteps:
         """How the finished generator is sampled."""
         if len(self.starts) == 1 and isinstance(self.model.path, RectifiedPath):
             # One Euler step on a straight path is the estimate of the data.
-            return {"solver": "euler", "steps": 1}
-        return {"solver": "renoise", "steps": [*self.starts, 1.0]}
+            return {"solver": "euler", "steps": 1, "made_for": 1}
+        steps = [*self.starts, 1.0]
+        return {"solver": "renoise", "steps": steps, "made_for": len(self.starts)}
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from rectiflow.distill.one_step import OneStepDistillation
 from rectiflow.errors import positive, unknown
 from rectiflow.flows.couplings import Coupling, Draw
 from rectiflow.flows.fields import FlowModel, evaluating, velocity_of
+from rectiflow.flows.guided import refuse_memory
 from rectiflow.flows.paths import expand
 from rectiflow.flows.premetrics import Premetric, Regression
 
@@ -47,7 +48,8 @@ class FlowGuidedDistillation(OneStepDistillation):
         condition_dropout: share of samples trained on the null condition.
 
     Raises:
-        ValueError: paths that are not straight, or a value out of range.
+        ValueError: paths that are not straight, a student that predicts noise or the score,
+            guidance with momentum, or a value out of range.
 
     Example:
         >>> from rectiflow.flows.couplings import LivePairs
@@ -77,6 +79,7 @@ class FlowGuidedDistillation(OneStepDistillation):
             raise unknown("first step", first_step, FIRST_STEPS)
         if not 0 <= u_range[0] <= u_range[1] <= 1:
             raise ValueError(f"u_range needs 0 <= low <= high <= 1, got {tuple(u_range)}")
+        refuse_memory(guided, "the teacher's two steps end at times drawn anew")
         start = student if student is not None else teacher
         if start.path != teacher.path:
             raise ValueError(

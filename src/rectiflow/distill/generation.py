@@ -167,6 +167,7 @@ class _Maker:
             steps=self.steps,
             gate=gate,
             field=self.field,
+            batch_size=self.batch_size,
         ).require()
 
 

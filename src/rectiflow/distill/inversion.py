@@ -157,6 +157,7 @@ class _Inverter:
             steps=self.times[::-1],
             gate=gate,
             field=self.field,
+            batch_size=self.batch_size,
         ).require()
 
 

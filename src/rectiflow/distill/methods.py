@@ -296,6 +296,7 @@ _ENTRIES = (
         pairs=False,
         times=False,
         student="impossible",
+        dropout=None,
     ),
     FewStepMethod(
         "f-distill",
@@ -305,6 +306,7 @@ _ENTRIES = (
         systems=("f-distill",),
         options=MatchingOptions,
         pairs=False,
+        dropout=None,
     ),
 )
 METHODS: dict[str, FewStepMethod] = {entry.name: entry for entry in _ENTRIES}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rectiflow.distill.rectified_diffusion import check_start
 from rectiflow.distill.reflow import student_of
 from rectiflow.errors import positive
 from rectiflow.flows.couplings import Coupling
@@ -31,7 +32,9 @@ class OneStepDistillation(FlowMatching):
         condition_dropout: share of samples trained on the null condition.
 
     Raises:
-        ValueError: `steps` below 1, an encoder of several steps, or a path that is not straight.
+        ValueError: `steps` below 1, an encoder of several steps, a path that is not straight, or a
+            prediction that leaves the other end open where the steps start (noise or score; data
+            for an encoder).
 
     Source: arXiv 2209.03003, section 2.2 (distillation).
     """
@@ -53,6 +56,13 @@ class OneStepDistillation(FlowMatching):
             raise ValueError(
                 f"one-step distillation needs a model on the rectified path, got "
                 f"{teacher.path.name!r}: reflow it on that path first"
+            )
+        if not encoder:
+            check_start(teacher)
+        elif teacher.prediction == "data":
+            raise ValueError(
+                "a data prediction says nothing of the noise at t = 1, where the encoder starts: "
+                "use a model that predicts velocity, noise or v"
             )
         options: dict[str, Any] = {"condition_dropout": condition_dropout, "name": "distil"}
         if premetric is not None:

@@ -16,6 +16,7 @@ from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import integrate, time_grid
 from rectiflow.flows.pair_format import solver_of
 from rectiflow.flows.pair_store import PairStore
+from rectiflow.flows.sampling import condition_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -97,6 +98,7 @@ def check_pairs(
     steps: int | Sequence[float] | None = None,
     gate: PairGate | None = None,
     field: Any = None,
+    batch_size: int = 1024,
 ) -> PairQuality:
     """Compare pairs with what their teacher does in finer steps, and back.
 
@@ -111,9 +113,10 @@ def check_pairs(
         steps: its steps or grid; the store knows its own.
         gate: what is accepted.
         field: the guided field that made them, if it was not the teacher itself.
+        batch_size: pairs computed together.
 
     Raises:
-        ValueError: solver or steps are neither given nor known.
+        ValueError: solver or steps are neither given nor known, or no positive batch size.
 
     Example:
         >>> model = FlowModel(lambda x, t: torch.ones_like(x))
@@ -121,6 +124,7 @@ def check_pairs(
         >>> check_pairs(model, Pairs(source, source + 1), solver="euler", steps=1).accepted
         True
     """
+    positive("batch_size", batch_size)
     gate = gate if gate is not None else PairGate()
     if isinstance(pairs, PairStore):
         settings = pairs.settings
@@ -130,23 +134,26 @@ def check_pairs(
         pairs = Pairs(*pairs.rows(rows))
     if solver is None or steps is None:
         raise ValueError("give the solver and the steps that made the pairs")
-    device = device_of(model)
-    head = slice(0, gate.pairs)
-    source, target = pairs.source[head].to(device), pairs.target[head].to(device)
+    source, target = pairs.source[: gate.pairs].cpu(), pairs.target[: gate.pairs].cpu()
     if source.shape[0] < 2:
         raise ValueError(f"two pairs or more can be checked, got {source.shape[0]}")
-    condition = {
-        name: value[head].to(device) if isinstance(value, Tensor) and value.ndim else value
-        for name, value in pairs.condition.items()
-    }
-    grid = time_grid(steps)
+    device, grid = device_of(model), time_grid(steps)
     teacher = field if field is not None else model
+    starts, backs, finer = [], [], []
     with evaluating(model):
-        back = integrate(teacher, target, grid[::-1], solver, **condition)
-        start = model.path.start(source)
-        finer = integrate(teacher, start, _refined(grid, gate.finer), _finer(solver), **condition)
-    scale = start.std()
-    return _judge(source, (back - start) / scale, target, finer, gate)
+        for begin in range(0, source.shape[0], batch_size):
+            part = slice(begin, min(begin + batch_size, source.shape[0]))
+            rows = condition_rows(pairs.condition, part, len(pairs.source))
+            given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in rows.items()}
+            start = model.path.start(source[part].to(device))
+            end = target[part].to(device)
+            back = integrate(teacher, end, grid[::-1], solver, **given)
+            fine = integrate(teacher, start, _refined(grid, gate.finer), _finer(solver), **given)
+            for kept, found in ((starts, start), (backs, back), (finer, fine)):
+                kept.append(found.cpu())
+    start = torch.cat(starts)
+    # On the CPU: not every accelerator has float64.
+    return _judge(source, (torch.cat(backs) - start) / start.std(), target, torch.cat(finer), gate)
 
 
 def _judge(

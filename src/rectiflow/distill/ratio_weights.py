@@ -25,6 +25,10 @@ class RatioWeights(nn.Module):
     batch, so that the learning rate means the same under every divergence. The bins' means are an
     exponential average over steps; they are buffers, so that checkpoints keep them.
 
+    Both stages see one micro-batch at a time: with gradients accumulated over k of them the bins
+    move k times a step and each part has mean one by itself, so k parts are close to the whole
+    batch, not equal to it.
+
     Args:
         bins: number of equal time bins; 0 leaves the first stage out.
         ema: decay of the bins' means. With 0 they are those of the batch, and bins that hold one

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rectiflow.distill.reflow import KINDS
-from rectiflow.distill.straightening import Straightening, profile
+from rectiflow.distill.straightening import Straightening, careful_solver, profile
 from rectiflow.flows.artifact import identity
 from rectiflow.flows.couplings import Pairs
 from rectiflow.flows.sampling import sample
@@ -65,7 +65,8 @@ def measure_rounds(entries: Sequence[Compared], evaluator: Evaluator) -> list[Ro
         source, condition = evaluator.noises(before.model)
         source = source[:COUNT]
         condition = {name: rows[:COUNT] for name, rows in condition.items()}
-        target = sample(before.model, source=source, steps=FOLLOWED, solver="euler", **condition)
+        solver = careful_solver(before.model)
+        target = sample(before.model, source=source, steps=FOLLOWED, solver=solver, **condition)
         pairs = Pairs(source, target, condition)
         both = [profile(one.model, pairs, steps=FOLLOWED, count=COUNT) for one in (before, after)]
         rounds.append(Round(before.title, after.title, Straightening(*both)))

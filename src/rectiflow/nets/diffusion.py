@@ -136,9 +136,8 @@ class DiffusionVelocity(nn.Module):
         wide = time.reshape(-1, *(1,) * (x.ndim - 1))
         t_wide, n_wide, sigma_wide = (v.reshape(wide.shape) for v in (t_in, n_in, sigma))
         scale = self._scale(wide, t_wide)
-        said = self.net(
-            (x * scale).to(x.dtype), self._clock(sigma).to(t.dtype), **self._given(condition)
-        )
+        given = self._given(condition, x.dtype)
+        said = self.net((x * scale).to(x.dtype), self._clock(sigma).to(t.dtype), **given)
         if self.output == "network":
             weight = wide * self.sigma_data**2 - (1 - wide)
             found = scale**2 * weight * x + self.sigma_data * scale * said
@@ -164,7 +163,7 @@ class DiffusionVelocity(nn.Module):
         """
         if self.family != "edm":
             raise ValueError(f"the denoiser D belongs to the edm family, got {self.family!r}")
-        condition = self._given(condition)
+        condition = self._given(condition, y.dtype)
         if self.output == "data":
             return self.net(y, sigma, **condition)
         wide = sigma.reshape(-1, *(1,) * (y.ndim - 1))
@@ -177,6 +176,11 @@ class DiffusionVelocity(nn.Module):
     def classes(self) -> int:
         """The number of classes, 0 for an unconditional network."""
         return self.own_classes if self.one_hot else int(getattr(self.net, "classes", 0))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network inside takes labels or text."""
+        return self.classes > 0 or bool(getattr(self.net, "conditional", False))
 
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The condition that stands for "none"."""
@@ -238,14 +242,14 @@ class DiffusionVelocity(nn.Module):
 
         return sigma(1e-5), sigma(1.0)
 
-    def _given(self, condition: dict[str, Any]) -> dict[str, Any]:
+    def _given(self, condition: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """The condition in the network's own form."""
         label = condition.get("label")
         if not self.one_hot or label is None:
             return condition
         # The null index becomes a row of zeros, as in EDM.
         rows = nn.functional.one_hot(label, self.classes + 1)[:, : self.classes]
-        return {self.one_hot: rows.to(torch.float32)}
+        return {self.one_hot: rows.to(dtype)}
 
     def _config(self, **values: Any) -> dict[str, Any] | None:
         """What rebuilds the network; None around a network that we cannot build."""

@@ -66,10 +66,12 @@ class TimeEmbedding(nn.Module):
         like = self.rates
         dtype = torch.promote_types(like.dtype, torch.float32)
         half = self.width // 2
-        k = torch.arange(half, device=like.device, dtype=torch.float64)
+        # In float64 on the CPU: not every accelerator has it.
+        k = torch.arange(half, device="cpu", dtype=torch.float64)
         rates = TIME_SCALE * torch.exp(-math.log(MAX_PERIOD) / (half - 1) * k)
-        self.rates = torch.cat([rates, rates]).to(dtype)
-        self.shifts = torch.cat([torch.zeros_like(k), torch.full_like(k, math.pi / 2)]).to(dtype)
+        shifts = torch.cat([torch.zeros_like(k), torch.full_like(k, math.pi / 2)])
+        self.rates = torch.cat([rates, rates]).to(dtype).to(like.device)
+        self.shifts = shifts.to(dtype).to(like.device)
 
 
 class LabelEmbedding(nn.Module):

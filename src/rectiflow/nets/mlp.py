@@ -98,7 +98,7 @@ class MLP(Net):
         *,
         label: Int[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch *dims"]:
-        e = self.time_in(self.time(t))
+        e = self.time_in(self.time(t).to(x.dtype))
         if self.label is not None:
             e = e + self.label(label)
         shifts = self.shift(self.phi(e)).split(self.width, dim=1)

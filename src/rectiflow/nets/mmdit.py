@@ -183,6 +183,11 @@ class MMDiT(Net):
         parts = [part.expand(x.shape[0], -1, -1) for part in parts]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the net takes a condition of any kind."""
+        return self.classes > 0 or self.context_in is not None or self.pooled is not None
+
     def null_condition(self, **condition: Tensor | None) -> dict[str, Tensor]:
         """The condition that stands for "none": the null label, zeros for context and pooled.
 

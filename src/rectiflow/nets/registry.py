@@ -181,6 +181,21 @@ def build(name: str, **config: Any) -> nn.Module:
     return factory(**config)
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The arguments of a net or size that may be left out, with their usual values.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> defaults("mlp-2d")["activation"]
+        'silu'
+    """
+    net = sizes[name].net if name in sizes and name not in _registered else name
+    parameters = inspect.signature(_factory(net)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def register(name: str, factory: Callable[..., nn.Module], *, replace: bool = False) -> None:
     """Give a network of your own a name that `build`, commands and model folders accept.
 

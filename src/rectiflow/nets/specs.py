@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rectiflow.nets.registry import build
+from rectiflow.nets.registry import build, defaults
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,12 +16,13 @@ def build_spec(text: str, *, shape: Sequence[int], classes: int = 0) -> nn.Modul
 
     Args:
         text: a net or size, and after a colon its arguments: `unet:width=96,multipliers=1-2-2`.
-            Numbers joined by hyphens make a tuple.
+            Numbers joined by hyphens make a tuple, `none` an empty one.
         shape: the shape of one sample.
         classes: number of class labels; 0 for an unconditional network.
 
     Raises:
-        ValueError: an unknown name or argument, or an argument without a value.
+        ValueError: an unknown name or argument, an argument without a value, or one that the
+            data decide.
 
     Example:
         >>> net = build_spec("mlp:width=48,depth=2,activation=gelu", shape=(2,))
@@ -29,6 +30,11 @@ def build_spec(text: str, *, shape: Sequence[int], classes: int = 0) -> nn.Modul
         (48, 'gelu')
     """
     name, config = parse_spec(text)
+    for key in ("shape", "classes"):
+        if key in config:
+            raise ValueError(f"the network {text!r} takes {key} from the data: leave {key} out")
+    usual = defaults(name)
+    config = {key: _fitting(value, usual.get(key)) for key, value in config.items()}
     given = {"shape": tuple(shape), "classes": classes} if classes else {"shape": tuple(shape)}
     return build(name, **config, **given)
 
@@ -48,6 +54,13 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"the network {text!r} needs arguments like width=48, got {part!r}")
         config[key] = _value(value)
     return name, config
+
+
+def _fitting(value: Any, usual: Any) -> Any:
+    """A value as the argument wants it, by the argument's default."""
+    if isinstance(usual, tuple):
+        return () if value == "none" else (value,) if isinstance(value, int) else value
+    return None if value == "none" and usual is None else value
 
 
 def _value(text: str) -> Any:

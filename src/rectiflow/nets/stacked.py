@@ -121,21 +121,21 @@ class Stacked(Net):
 
     @property
     def conditional(self) -> bool:
-        """Whether the networks take text."""
-        return bool(getattr(self.first, "conditional", False))
+        """Whether the networks take labels or text."""
+        return self.classes > 0 or bool(getattr(self.first, "conditional", False))
 
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The null condition of the first network."""
-        if set(condition) <= {"label"} or not hasattr(self.first, "null_condition"):
-            return super().null_condition(**condition)
-        return self.first.null_condition(**condition)
+        if hasattr(self.first, "null_condition"):
+            return self.first.null_condition(**condition)
+        return super().null_condition(**condition)
 
     def check(self, x: Float[Tensor, "batch *dims"], **condition: Any) -> None:
         """Raise ValueError unless the networks can be called with `x` and this condition."""
-        if isinstance(self.first, Net) or not hasattr(self.first, "check"):
+        if getattr(type(self.first), "check", Net.check) is Net.check:
             super().check(x, **condition)
         else:
-            self.first.check(x, **condition)
+            self.first.check(x, **condition)  # such as those that take text
 
 
 def _description(net: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -145,10 +145,10 @@ def _description(net: str | Mapping[str, Any]) -> dict[str, Any]:
 def _described(net: nn.Module) -> dict[str, Any]:
     """A network's name and arguments, without those that both parts share."""
     config, name = getattr(net, "config", None), getattr(net, "name", None)
-    if not isinstance(config, dict) or name is None:
+    if not isinstance(config, dict) or name is None or not hasattr(net, "shape"):
         raise ValueError(
-            f"a {type(net).__name__} cannot be stacked: it needs a name and a config, as the "
-            "networks of rectiflow.nets have"
+            f"a {type(net).__name__} cannot be stacked: it needs a name and a config with its own "
+            "shape, as the networks of rectiflow.nets have; take a student of another kind"
         )
     return {"name": name, **{k: v for k, v in config.items() if k not in ("shape", "classes")}}
 

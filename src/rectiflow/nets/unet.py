@@ -131,7 +131,7 @@ class UNet(Net):
         *,
         label: Int[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch c h w"]:
-        e = self.time_out(F.silu(self.time_in(self.time(t))))
+        e = self.time_out(F.silu(self.time_in(self.time(t).to(x.dtype))))
         if self.label is not None:
             e = e + self.label(label)
         e = F.silu(e)

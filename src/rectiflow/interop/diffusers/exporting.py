@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from rectiflow.flows.fields import FlowModel
+from rectiflow.flows.integration import time_grid
 from rectiflow.interop.diffusers.families import Family, family_of_pipeline
 from rectiflow.interop.diffusers.networks import PipelineNet
-from rectiflow.interop.diffusers.readings import AnalyticReading, FlowReading
-from rectiflow.interop.diffusers.scheduling import is_flow
+from rectiflow.interop.diffusers.readings import AnalyticReading, FlowReading, TableReading
+from rectiflow.interop.diffusers.scheduling import is_flow, stock_solver, stock_times
 
 WHOLE = 1000
 """Timesteps of the flow schedulers that U-Net pipelines accept; they feed whole numbers."""
@@ -26,7 +28,9 @@ def to_pipeline(model: FlowModel, pipe: Any) -> Any:
     a model that has its guidance inside. How the scheduler is chosen:
 
     - a diffusion model as it was read keeps the pipeline's scheduler;
-    - a flow on the pipeline's own grid of times keeps it too;
+    - one that is sampled by first-order steps (rectified diffusion) gets DDIM with "trailing"
+      spacing, which starts where they do;
+    - a flow on the pipeline's own grid of times keeps its scheduler too;
     - a flow of k equal steps gets `FlowMatchEulerDiscreteScheduler` (SD 3, FLUX) without shift,
       or `UniPCMultistepScheduler` of order 1 on flow noise levels (U-Nets, whose pipelines ask
       for members the former lacks), both set to equal steps for k;
@@ -39,7 +43,7 @@ def to_pipeline(model: FlowModel, pipe: Any) -> Any:
 
     Raises:
         ValueError: a model that is not of this pipeline, unmerged adapters, or a number of steps
-            that stock schedulers cannot take exactly.
+            or times that stock schedulers cannot take exactly.
     """
     net, family = model.net, family_of_pipeline(pipe)
     if getattr(net, "name", None) == "lora":
@@ -66,11 +70,19 @@ def to_pipeline(model: FlowModel, pipe: Any) -> Any:
 
 def _scheduler(model: FlowModel, net: PipelineNet, family: Family, pipe: Any) -> Any:
     """The stock scheduler that takes the model's steps."""
-    steps = model.sampling["steps"]
+    steps, solver = model.sampling["steps"], model.sampling["solver"]
     if isinstance(net.reading, AnalyticReading):
         return _one_step_ddim(steps, pipe)
-    if not isinstance(net.reading, FlowReading) or not isinstance(steps, int):
-        return pipe.scheduler
+    if isinstance(net.reading, TableReading):
+        if solver == "first-order":
+            return _trailing_ddim(steps, net.reading, pipe)
+        if isinstance(steps, int):
+            return pipe.scheduler
+        raise ValueError(_own_times(len(steps) - 1))
+    if not isinstance(steps, int):
+        if is_flow(pipe.scheduler) and _on_stock_grid(steps, solver, net, pipe):
+            return pipe.scheduler
+        raise ValueError(_own_times(len(steps) - 1))
     # A terminal noise level of 1/k makes the k levels 1, (k - 1)/k, ..., 1/k.
     terminal = 1 / steps if steps > 1 else None
     if family.flow:
@@ -119,6 +131,25 @@ def _one_step_ddim(steps: Any, pipe: Any) -> Any:
             f"no stock scheduler takes the {steps} steps of an analytic conversion at its times: "
             "distil it to one step, or start training from init='reinterpret'"
         )
+    return _ddim(pipe)
+
+
+def _trailing_ddim(steps: Any, reading: TableReading, pipe: Any) -> Any:
+    """DDIM at the times of first-order steps, which must be whole timesteps."""
+    times, count = time_grid(steps), reading.path.count
+    taken = len(times) - 1
+    if not _same_times(times, time_grid(taken)):
+        raise ValueError(_own_times(taken))
+    if count % taken:
+        raise ValueError(
+            f"stock schedulers take whole timesteps of {count}, which {taken} equal steps do not "
+            f"meet: sample it with a number of steps that divides {count}"
+        )
+    return _ddim(pipe)
+
+
+def _ddim(pipe: Any) -> Any:
+    """DDIM on the pipeline's schedule, from pure noise to clean data."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_config(
@@ -128,6 +159,25 @@ def _one_step_ddim(steps: Any, pipe: Any) -> Any:
         clip_sample=False,
         thresholding=False,
         steps_offset=1,
+    )
+
+
+def _on_stock_grid(times: Sequence[float], solver: Any, net: PipelineNet, pipe: Any) -> bool:
+    """Whether a flow's times are those of its pipeline, and its steps too."""
+    own = stock_solver(pipe.scheduler)
+    # On straight lines first-order steps are Euler's.
+    known = solver == own or (solver, own) == ("first-order", "euler")
+    return known and _same_times(times, stock_times(pipe, len(times) - 1, shape=net.shape))
+
+
+def _same_times(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(abs(a - b) < 1e-6 for a, b in zip(first, second))
+
+
+def _own_times(steps: int) -> str:
+    return (
+        f"the model is sampled at {steps + 1} times of its own, which no stock scheduler takes: "
+        "export the flow before its times were fitted, or set its sampling to a number of steps"
     )
 
 

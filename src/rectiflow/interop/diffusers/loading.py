@@ -11,7 +11,7 @@ from rectiflow.flows.fields import FlowModel
 from rectiflow.interop.diffusers.families import Family, family_of_pipeline, open_pipeline
 from rectiflow.interop.diffusers.networks import PipelineNet
 from rectiflow.interop.diffusers.prompts import null_of
-from rectiflow.interop.diffusers.scheduling import read_scheduler, stock_times
+from rectiflow.interop.diffusers.scheduling import read_scheduler, stock_solver, stock_times
 
 STEPS = 25
 
@@ -44,7 +44,8 @@ def from_pipeline(
         steps: number of steps that the model is sampled with unless told otherwise.
         guidance: FLUX's built-in guidance, where the caller gives none.
         tokens: length of T5's part of the null condition, as given to `encode_prompts`.
-        toward: "data" for networks whose output points from noise to data, such as InstaFlow's.
+        toward: "data" for networks whose output points from noise to data, such as InstaFlow's;
+            for networks that are read as flows only.
         revision: revision on the Hub.
 
     Raises:
@@ -69,8 +70,9 @@ def from_pipeline(
         defaults=_defaults(family, module, shape, pipe.vae_scale_factor, guidance),
     )
     times: Any = steps
+    solver = "heun" if reading.kind == "table" else "euler"
     if reading.kind == "flow" and init != "reinterpret":
-        times = stock_times(pipe, steps, shape=shape)
+        times, solver = stock_times(pipe, steps, shape=shape), stock_solver(pipe.scheduler)
     named = source if isinstance(source, str | FilePath) else getattr(pipe, "name_or_path", "")
     entry = {
         "method": "pipeline",
@@ -83,7 +85,7 @@ def from_pipeline(
         reading.path,
         reading.prediction,
         shape=shape,
-        sampling={"solver": "heun" if reading.kind == "table" else "euler", "steps": times},
+        sampling={"solver": solver, "steps": times},
         data={"name": "latents", "pipeline": family.pipeline},
         lineage=[entry],
     ).eval()

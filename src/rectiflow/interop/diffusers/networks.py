@@ -77,6 +77,7 @@ class PipelineNet(nn.Module):
             row = value if isinstance(value, Tensor) else torch.zeros(1, *value)
             self.register_buffer(f"null_{key}", row.detach().clone())
         self.prompts: PromptTable | None = None
+        self._last: tuple[PromptTable, Tensor, dict[str, Tensor]] | None = None
         self.classes = 0
         self.config: dict[str, Any] = {
             "shape": list(self.shape),
@@ -145,14 +146,15 @@ class PipelineNet(nn.Module):
                 )
 
     def _raw(self, condition: Mapping[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-        return self.family.call(self.module, x, timestep, condition)
+        # States may be kept more exactly than the weights.
+        return self.family.call(self.module, x.to(self._kind), timestep, condition).to(x.dtype)
 
     def _complete(self, x: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
-        """Everything the family takes, one row a sample, in the type and place of `x`."""
+        """Everything the family takes, one row a sample, in the weights' type and x's place."""
         self._known(condition)
         given = {name: value for name, value in condition.items() if value is not None}
         if "prompt" in given:
-            given = {**self._table().rows(given.pop("prompt")), **given}
+            given = {**self._looked_up(given.pop("prompt")), **given}
         full = {}
         for name in self.family.conditions:
             value = given.get(name)
@@ -168,9 +170,25 @@ class PipelineNet(nn.Module):
                     f"{self.family.pipeline} needs the condition {name!r}: give encoded prompts"
                 )
             # Guidance and sizes are numbers in the thousands, which half precision rounds.
-            kind = x.dtype if name in ("context", "pooled") else torch.float32
+            kind = self._kind if name in ("context", "pooled") else torch.float32
             full[name] = value.to(x.device, kind)
         return full
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """The type that the weights compute in."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    def _looked_up(self, prompt: Tensor) -> dict[str, Tensor]:
+        """The embeddings of prompts; the last ones are kept, since every step asks for them."""
+        table, last = self._table(), self._last
+        if last is not None and last[0] is table:
+            known = last[1]
+            if known.device == prompt.device and torch.equal(known, prompt):
+                return last[2]
+        found = table.rows(prompt)
+        self._last = table, prompt.clone(), found
+        return found
 
     def _known(self, condition: Mapping[str, Any]) -> None:
         accepted = [*self.family.conditions, "prompt"]

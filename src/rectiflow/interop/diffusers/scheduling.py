@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rectiflow.errors import positive, unknown
+from rectiflow.flows.solvers import RFSolver
 from rectiflow.interop.diffusers.families import Family, family_of_pipeline
 from rectiflow.interop.diffusers.readings import (
     OUTPUTS,
@@ -34,7 +35,7 @@ def read_scheduler(
     if is_flow(scheduler):
         steps = float(config["num_train_timesteps"])
         # Solvers other than Euler's feed whole timesteps, from one below the number they train on.
-        return FlowReading(steps if name.startswith("FlowMatch") else steps - 1, toward)
+        return FlowReading(steps if _matches_flows(scheduler) else steps - 1, toward)
     if family.flow:
         raise ValueError(
             f"{name} predicts {prediction!r} but {family.network} predicts a flow's velocity: load "
@@ -53,16 +54,37 @@ def read_scheduler(
         )
     if init == "reinterpret":
         return FlowReading(float(config["num_train_timesteps"]), toward)
+    if toward != "noise":
+        raise ValueError(
+            f"toward={toward!r} says where a flow's output points, and the network is read as a "
+            f"diffusion's {prediction}: read it with init='reinterpret'"
+        )
     kind = AnalyticReading if init == "analytic" else TableReading
     return kind(tuple(table.tolist()), prediction)
 
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler follows a rectified flow."""
-    return (
-        type(scheduler).__name__.startswith("FlowMatch")
-        or scheduler.config.get("prediction_type") == "flow_prediction"
-    )
+    return _matches_flows(scheduler) or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def stock_solver(scheduler: Any) -> str:
+    """The solver by which a flow scheduler steps, among those that both sides have.
+
+    Example:
+        >>> stock_solver(None)
+        'euler'
+    """
+    return RFSolver(scheduler.theta).spec if _is_rf_solver(scheduler) else "euler"
+
+
+def _matches_flows(scheduler: Any) -> bool:
+    """Whether a scheduler is one of diffusers' flow schedulers, or made of one."""
+    return any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
+
+
+def _is_rf_solver(scheduler: Any) -> bool:
+    return type(scheduler).__name__ == "RFSolverScheduler"
 
 
 def stock_times(pipe: Any, steps: int, *, shape: Sequence[int] | None = None) -> list[float]:
@@ -102,7 +124,9 @@ def stock_times(pipe: Any, steps: int, *, shape: Sequence[int] | None = None) ->
     else:
         options["num_inference_steps"] = steps
     twin.set_timesteps(**options)
-    times = [1 - float(sigma) for sigma in twin.sigmas]
+    # Those of RF-Solver have its trial moves between the steps.
+    levels = twin.sigmas[::2] if _is_rf_solver(twin) else twin.sigmas
+    times = [1 - float(sigma) for sigma in levels]
     # Some schedulers stay a millionth below pure noise to divide by it.
     return [0.0 if times[0] < 1e-5 else times[0], *times[1:]]
 
