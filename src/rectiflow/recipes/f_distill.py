@@ -176,9 +176,7 @@ def run(settings: Settings, run: Run) -> Result:
         seeds=digits.seeds,
         notes=[
             "The exact experiment has no randomness; the ring starts from a wide normal "
-            "distribution, so that no mode is out of reach, and its generators get "
-            f"{settings.ring.training.steps // settings.ring.every} updates where the "
-            "specification has 2000 to 3000.",
+            "distribution, so that no mode is out of reach.",
             f"Digits: one step of the generators against {digits.steps[1]} Euler steps of their "
             f"teacher, {digits.samples} samples from the same noises; recall in the features of "
             f"{evaluator.name}.",

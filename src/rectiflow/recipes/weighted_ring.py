@@ -44,7 +44,7 @@ class RingSettings:
     """Their hidden layers; a residual block has two and the stem is one."""
     every: int = 3
     """Updates of fake flow and discriminator for one of the generator."""
-    training: TrainerSettings = field(default_factory=lambda: stage(3000, batch_size=256))
+    training: TrainerSettings = field(default_factory=lambda: stage(6000, batch_size=256))
     """The training; its steps are those of fake flow and discriminator."""
     points: int = 20_000
     """Real points for the discriminator."""
