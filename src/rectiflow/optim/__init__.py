@@ -47,6 +47,7 @@ __getattr__, __dir__, __all__ = attach(
             "TrActConv3d",
             "TrActLinear",
             "apply_tract",
+            "plain_gradients",
             "remove_tract",
         ),
         "whole_gradients": ("CentreGradients", "ClipNorm"),
