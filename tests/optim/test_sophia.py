@@ -224,6 +224,26 @@ def test_invariant_10_a_refresh_disturbs_nothing() -> None:
     assert optimizer.state[model[0].weight]["hessian"].abs().sum() > 0
 
 
+def test_upward_is_downward_of_the_negative_with_curvature() -> None:
+    ends = []
+    for sign in (1, -1):
+        p = nn.Parameter(draw(6))
+        optimizer = SophiaH([p], lr=0.1, gamma=1.0, maximize=sign < 0)
+
+        def loss(p=p, sign=sign):
+            return sign * (torch.arange(1.0, 7.0) * (p**4 - p.square())).sum()
+
+        for seed in range(5):
+            optimizer.refresh(loss, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        ends.append((p.detach(), optimizer.state[p]["hessian"]))
+    assert torch.equal(*(weight for weight, _ in ends))
+    assert torch.equal(*(curvature for _, curvature in ends))
+    assert optimizer.win_rate() > 0
+
+
 def test_clipping_the_drawn_gradient_makes_curvature_smaller() -> None:
     p = nn.Parameter(draw(3))
     optimizer = sophia(p, betas=(0.9, 0.0))
@@ -244,5 +264,9 @@ def test_bad_settings_are_refused() -> None:
             sophia(p, **wrong)
     with pytest.raises(ValueError, match="a closure for each micro-batch"):
         sophia(p).refresh()
+    with pytest.raises(ValueError, match="unknown probe 'gauss'"):
+        SophiaH([p], probe="gauss")
+    with pytest.raises(ValueError, match="samples must be > 0"):
+        SophiaH([p], samples=0)
     with pytest.raises(ValueError, match="unknown probe 'gauss'"):
         hutchinson(p.square().sum(), [p], probe="gauss")

@@ -132,7 +132,7 @@ class SGDP(Loop):
         if self.nesterov:
             found = grad + group["momentum"] * found
         found, share = project(weight, raw, found, group["delta"], group["wd_ratio"], self.eps)
-        if self.project_buffer:
+        if self.project_buffer and not self.nesterov:
             state["momentum_buffer"] = found.clone()
         return found, decay * share / (1 - group["momentum"])
 
@@ -174,7 +174,9 @@ class AdAdaGradNorm(Loop):
         for group, grads in groups:
             if grads:
                 group["sum_of_squares"] = group["sum_of_squares"] + sum(
-                    float(g.double().square().sum()) for g in grads
+                    float((p.grad.double() + group["weight_decay"] * p.double()).square().sum())
+                    for p in group["params"]
+                    if p.grad is not None
                 )
         return [{} for _ in groups]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rectiflow.errors import positive
+from rectiflow.errors import positive, unknown
 from rectiflow.optim.buckets import working_dtype
 from rectiflow.optim.chained import ChainedOptimizer, Params
-from rectiflow.optim.curvature import hutchinson
+from rectiflow.optim.curvature import PROBES, hutchinson
 from rectiflow.optim.directions import check_betas
 from rectiflow.optim.parts import Direction, Stretch, approach
 from rectiflow.vectors.batchwise import wide
@@ -147,7 +147,10 @@ class SophiaG(_SophiaOptimizer):
     and flow matching. Call it when `due`, before `step`:
 
         if optimizer.due:
-            optimizer.refresh(lambda: sampled_cross_entropy(model(x)))
+            with statistics_kept(model):
+                optimizer.refresh(lambda: sampled_cross_entropy(model(x)))
+
+    `statistics_kept` gives running statistics (batch normalisation) back as they were.
 
     The learning rate is the largest change of a weight in a step: that of Lion times 3 to 5. Warm
     it up, since the first steps are sign steps. Re-tests find less than the paper: after equal
@@ -229,9 +232,8 @@ class SophiaG(_SophiaOptimizer):
         grads = [None if grad is None else grad / draws for grad in total]
         if clip_norm is not None:
             here = [grad for grad in grads if grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(here)))
-            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
-            grads = [None if grad is None else grad * factor for grad in grads]
+            factor = (clip_norm / (torch.nn.utils.get_total_norm(here) + 1e-6)).clamp(max=1)
+            grads = [None if grad is None else grad * factor.to(grad) for grad in grads]
         self._average([None if grad is None else draws * grad.square() for grad in grads])
 
 
@@ -283,6 +285,9 @@ class SophiaH(_SophiaOptimizer):
             maximize=maximize,
             compile=compile,
         )
+        if probe not in PROBES:
+            raise unknown("probe", probe, PROBES)
+        positive("samples", samples)
         self.probe, self.samples = probe, samples
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,7 +320,16 @@ class SophiaH(_SophiaOptimizer):
                 assert known is not None
                 known.add_(one)
         parts = _summed(total, len(closures))
-        self._average([known / parts for known in total if known is not None])
+        # What is maximised is the loss that is minimised, turned over.
+        signs = [
+            -1 if group["maximize"] else 1
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        self._average(
+            [sign * known / parts for sign, known in zip(signs, total) if known is not None]
+        )
 
 
 def _summed(values: Sequence[Tensor | None], count: int) -> int:
