@@ -129,6 +129,17 @@ def test_scopes_and_places() -> None:
     by_tensor = given(values)
     clip_coordinates_(by_tensor, 0.25, scope="tensor")
     assert [int((p.grad != v).sum()) for p, v in zip(by_tensor, values)] == [10, 10]
+    by_group = given([*values, draw(60, seed=2)])
+    groups = [{"params": by_group[:1]}, {"params": [nn.Parameter(draw(2))]}]
+    groups.append({"params": by_group[1:]})
+    found = clip_coordinates_(groups, 0.25, scope="group")
+    apart = (values[0].abs(), torch.cat([values[1], draw(60, seed=2)]).abs())
+    wanted = [v.sort(descending=True).values[len(v) // 4] for v in apart]
+    assert torch.equal(found, torch.stack(wanted))
+    assert [int((p.grad.abs() == tau).sum()) for p, tau in zip(by_group, found)] == [11, 26]
+    with pytest.raises(ValueError, match="takes groups of weights: give"):
+        clip_coordinates_(by_group, 0.25, scope="group")
+    assert float(clip_coordinates_(groups, 0.0)) == float(found.max())
 
 
 def test_clipped_updates_are_clipped_adam_steps() -> None:

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "chained": ("ChainedOptimizer", "chain"),
         "coordinate_clipping": ("ClipCoordinates", "clip_coordinates_", "top_threshold"),
         "curvature": (
+            "empirical_fisher",
             "hutchinson",
             "sampled_cross_entropy",
             "sampled_squared_error",

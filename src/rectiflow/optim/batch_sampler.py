@@ -14,7 +14,10 @@ class ResizableBatches:
 
     A batch sampler for `torch.utils.data.DataLoader`: set `batch_size` between batches, and every
     index still comes once an epoch. Order follows from seed and position alone, so a resumed
-    training goes on exactly. Workers of a loader fetch some batches ahead of a change.
+    training goes on exactly. Workers of a loader fetch some batches ahead of a change, and
+    `state_dict` has the position after those: with workers, save and load
+    `{"position": used, "batch_size": size}`, where `used` counts the samples of all steps so far,
+    over all processes and earlier resumes.
 
     Args:
         count: size of the data set.
@@ -55,16 +58,21 @@ class ResizableBatches:
             share = self.batch_size // self.processes
             first = self.position + self.process * share
             self.position += self.batch_size
-            yield [self._at(place) for place in range(first, first + share)]
+            yield self._between(first, first + share)
 
-    def _at(self, place: int) -> int:
-        """The index at a place of the endless order."""
-        epoch, offset = divmod(place, self.count)
-        if epoch != self._epoch:
-            mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch + 1) % (1 << 63)
-            generator = torch.Generator().manual_seed(mixed)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
-        return int(self._order[offset])
+    def _between(self, first: int, stop: int) -> list[int]:
+        """The indices at some places of the endless order."""
+        found: list[int] = []
+        while first < stop:
+            epoch, offset = divmod(first, self.count)
+            if epoch != self._epoch:
+                mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch + 1) % (1 << 63)
+                generator = torch.Generator().manual_seed(mixed)
+                self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
+            part = self._order[offset : offset + stop - first].tolist()
+            found += part
+            first += len(part)
+        return found
 
     def state_dict(self) -> dict[str, int]:
         """The position in the order, and the size of a batch."""

@@ -123,16 +123,18 @@ def clip_coordinates_(
     over what is not zero.
 
     Args:
-        params: weights whose gradients are clipped; those without gradient are left out.
+        params: weights whose gradients are clipped, or groups of them such as an optimizer's
+            `param_groups`; weights without gradient are left out.
         fraction: share of the coordinates to clip, in [0, 1); 0 clips nothing.
-        scope: "global" (one threshold) or "tensor" (one each).
+        scope: "global" (one threshold), "group" (one a group) or "tensor" (one each).
         threshold_scale: factor on the threshold.
 
     Returns:
-        the threshold, or one a tensor.
+        the threshold, or one a group or tensor.
 
     Raises:
-        ValueError: a fraction outside [0, 1), an unknown scope, a gradient that is not finite.
+        ValueError: a fraction outside [0, 1), an unknown scope, weights without groups for
+            "group", a gradient that is not finite.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
@@ -142,25 +144,32 @@ def clip_coordinates_(
 
     Source: arXiv 2306.00204, section 4.
     """
-    if scope not in ("global", "tensor"):
-        raise unknown("scope", scope, ("global", "tensor"))
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
-    grads = [p.grad for p in listed if p.grad is not None]
+    if scope == "group" and any(isinstance(one, torch.Tensor) for one in listed):
+        raise ValueError("scope='group' takes groups of weights: give optimizer.param_groups")
+    members = [[one] if isinstance(one, torch.Tensor) else one["params"] for one in listed]
+    groups = [[p.grad for p in group if p.grad is not None] for group in members]
+    grads = [grad for group in groups for grad in group]
     if not grads:
         return torch.zeros(())
     if not math.isfinite(torch.nn.utils.get_total_norm(grads, torch.inf)):
         raise ValueError("gradients are not finite: skip this step, or clip nothing")
-    if scope == "tensor":
-        device = grads[0].device
-        found = torch.stack([_threshold([grad], fraction).to(device) for grad in grads])
-    else:
-        found = _threshold(grads, fraction)
-    found = found * threshold_scale
-    for grad, tau in zip(grads, found.expand(len(grads)).unbind()):
-        if fraction:
-            bound = tau.to(grad)
-            torch.clamp(grad, -bound, bound, out=grad)
-    return found
+    together = {
+        "global": [grads],
+        "group": [group for group in groups if group],
+        "tensor": [[grad] for grad in grads],
+    }[scope]
+    found = [_threshold(some, fraction) * threshold_scale for some in together]
+    if fraction:
+        for some, tau in zip(together, found):
+            for grad in some:
+                bound = tau.to(grad)
+                torch.clamp(grad, -bound, bound, out=grad)
+    if scope == "global":
+        return found[0]
+    return torch.stack([tau.to(found[0].device) for tau in found])
 
 
 def _threshold(values: Sequence[Tensor], fraction: float) -> Tensor:
