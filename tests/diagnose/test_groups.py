@@ -20,8 +20,10 @@ def test_extremes_by_brute_force_with_ties(changes: list[int], draw: st.DataObje
     groups = extremes(torch.tensor(changes, dtype=torch.float64), size)
     numbers = range(len(changes))
     # Among equals the lowest number: that is what sorting by (value, number) gives.
-    assert groups.plus.tolist() == sorted(numbers, key=lambda i: (-changes[i], i))[:size]
-    assert groups.minus.tolist() == sorted(numbers, key=lambda i: (changes[i], i))[:size]
+    plus = sorted(numbers, key=lambda i: (-changes[i], i))[:size]
+    assert groups.plus.tolist() == plus
+    rising = sorted(set(numbers) - set(plus), key=lambda i: (changes[i], i))
+    assert groups.minus.tolist() == rising[:size]
 
 
 def test_extremes_follow_a_permutation() -> None:
@@ -69,6 +71,18 @@ def test_random_groups_take_members_only_where_nothing_else_is_left() -> None:
     assert len(set(drawn.members.tolist())) == 4
     free = random_groups(Groups(torch.tensor([0]), torch.tensor([1])), None, 4)
     assert sorted(free.members.tolist()) == [2, 3]
+
+
+def test_equal_changes_make_two_groups() -> None:
+    groups = extremes(torch.zeros(6), 3)
+    assert (groups.plus.tolist(), groups.minus.tolist()) == ([0, 1, 2], [3, 4, 5])
+
+
+def test_random_groups_share_samples_of_labels_that_run_out() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 1, 1])
+    both = torch.tensor([0, 1])
+    drawn = random_groups(Groups(both, both), labels, 6)
+    assert sorted(drawn.plus.tolist()) == sorted(drawn.minus.tolist()) == [0, 1]
 
 
 def test_shuffled_groups_deal_all_members_anew() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from rectiflow.diagnose import Hessian
+from rectiflow.optim import apply_tract
 
 
 def whole(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -154,6 +155,18 @@ def test_compiled_networks_run_uncompiled() -> None:
     model.compile(backend="aot_eager")
     found = Hessian(loss_of(model), model.parameters(), [batch], module=model) @ v
     assert torch.equal(plain, found)
+
+
+@pytest.mark.parametrize("form", ["backward", "graph"])
+def test_the_first_layer_is_looked_at_without_tract(form) -> None:
+    model, batch = classifier(), data()
+    v = randoms(35)
+    plain = Hessian(loss_of(model), model.parameters(), [batch])
+    product, slope = plain @ v, plain.gradient()
+    apply_tract(model, form=form)
+    found = Hessian(loss_of(model), model.parameters(), [batch], module=model)
+    assert torch.equal(found @ v, product)
+    assert torch.equal(found.gradient(), slope)
 
 
 def test_refusals() -> None:

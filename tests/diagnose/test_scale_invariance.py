@@ -17,7 +17,7 @@ from rectiflow.diagnose import (
     invariance_report,
 )
 from rectiflow.diagnose.watch import as_row
-from rectiflow.optim import SGDP, SophiaG
+from rectiflow.optim import SGDP, AdAdaGrad, AdAdaGradNorm, SophiaG
 
 
 def normed() -> nn.Sequential:
@@ -48,6 +48,11 @@ def test_the_layer_in_front_of_a_norm_is_found_and_no_other() -> None:
     assert found.effective_rate == pytest.approx(0.5 / found.norm**2)
     adam = ScaleInvariance(watched, every=1).observe(3, torch.optim.Adam(model.parameters(), 0.5))
     assert adam.weights["0.weight"].effective_rate == pytest.approx(0.5 / found.norm)
+    for kind in (AdAdaGrad, AdAdaGradNorm, SGDP):
+        given = kind(model.parameters(), 0.5)
+        turning = ScaleInvariance(watched, every=1).observe(3, given).weights["0.weight"]
+        power = 2 if kind is SGDP else 1
+        assert turning.effective_rate == pytest.approx(0.5 / found.norm**power)
 
 
 def test_it_agrees_with_the_projection_of_the_optimizer() -> None:

@@ -169,6 +169,25 @@ def test_sharpness_by_hand() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_weights_without_finite_losses_have_no_report(bad) -> None:
+    watched = probe()
+    looks = (
+        Sharpness(watched, every=1, layers=True),
+        OpposingSignals(watched, every=1, size=2),
+    )
+    assert looks[1].observe(1) is None
+    with torch.no_grad():
+        watched.model[2].weight[0, 0] = bad
+        watched.model[2].weight[1] = -bad
+        watched.model[0].weight.mul_(bad)
+    if bad == 1e200:
+        # The losses themselves are finite; some of their gradients are not.
+        watched.model[2].weight.data.fill_(1e150)
+        watched.model[2].weight.register_hook(lambda slope: slope * torch.inf)
+    assert all(look.observe(2) is None for look in looks)
+
+
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:
     for diagnosis in (OpposingSignals(probe()), Sharpness(probe()), ScaleInvariance(probe())):
         assert diagnosis.draw([], tmp_path) == {}

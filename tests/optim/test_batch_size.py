@@ -108,6 +108,12 @@ def test_variance_survives_a_mean_that_is_far_larger() -> None:
         assert found.noise == pytest.approx(float(x.double().var()), rel=0.01)
 
 
+def test_sums_are_taken_in_double_precision() -> None:
+    ones = torch.ones(300_000, dtype=torch.bfloat16)
+    halves = GradientStatistics(3, 1, (ones,), (ones,))
+    assert (halves.signal, halves.noise) == (300_000.0, 150_000.0)
+
+
 def test_weights_that_samples_do_not_move_apart() -> None:
     net = nn.ModuleDict({"used": nn.Linear(2, 1), "idle": nn.Linear(2, 1)}).double()
     net.register_parameter("shift", nn.Parameter(torch.zeros((), dtype=DOUBLE)))
@@ -371,6 +377,9 @@ def test_shuffled_epochs_survive_changes_of_size() -> None:
     resumed = ResizableBatches(17, 4, seed=3)
     resumed.load_state_dict(batches.state_dict())
     assert next(iter(resumed)) == next(stream)
+    # After 24 samples, whatever the workers of a loader have fetched since.
+    resumed.load_state_dict({"position": 24, "batch_size": 7})
+    assert next(iter(resumed)) == seen[24:31]
     whole = ResizableBatches(17, 6, seed=3)
     shares = [ResizableBatches(17, 6, seed=3, process=p, processes=2) for p in (0, 1)]
     for one, *parts in itertools.islice(zip(whole, *shares), 5):

@@ -44,6 +44,11 @@ KINDS = {
         1e-2,
     ),
     "SophiaG": (SophiaG, loops.Sophia, 1e-2),
+    "SophiaG, added eps": (
+        partial(SophiaG, eps=0.1, eps_mode="add"),
+        partial(loops.Sophia, eps=0.1, eps_mode="add"),
+        1e-2,
+    ),
     "SophiaH": (partial(SophiaH, gamma=0.05), loops.Sophia, 1e-2),
     "AdAdaGrad": (AdAdaGrad, loops.AdAdaGrad, 1e-2),
     "AdAdaGradNorm": (AdAdaGradNorm, loops.AdAdaGradNorm, 1e-1),
@@ -96,9 +101,33 @@ def push(params, step: int, *, kept: bool = False, skip=()) -> None:
             p.grad = grad
 
 
-def run(optimizer, params, steps, *, start=0, **options) -> None:
+def bend(optimizer, params, step: int) -> None:
+    """Curvature for Sophia every ten steps, by a refresh; the loop is told the same numbers."""
+    if step % 10 != 1 or not isinstance(optimizer, SophiaG | SophiaH | loops.Sophia):
+        return
+    generator = torch.Generator().manual_seed(2000 + step)
+    # From so little that steps are clipped to so much that they are not.
+    drawn = [torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in params]
+    curvature = [100 * c.square().to(p.dtype) for c, p in zip(drawn, params)]
+    if isinstance(optimizer, SophiaG):
+        optimizer.refresh(
+            lambda: (sum((p * (c / 3).sqrt()).sum() for p, c in zip(params, curvature)), 3)
+        )
+    elif isinstance(optimizer, SophiaH):
+        optimizer.refresh(
+            lambda: sum((c * p.square()).sum() / 2 for p, c in zip(params, curvature))
+        )
+    else:
+        for p, c in zip(params, curvature):
+            mean = optimizer.state[p]["hessian"]
+            mean.lerp_(c.to(mean.dtype), 1 - optimizer.param_groups[0]["betas"][1])
+
+
+def run(optimizer, params, steps, *, start=0, curved=False, **options) -> None:
     for step in range(start, start + steps):
         push(params, step, **options)
+        if curved:
+            bend(optimizer, params, step)
         optimizer.step()
 
 
@@ -115,8 +144,8 @@ def test_equals_the_loop(name, decay, steps) -> None:
     ours, twin, rate = KINDS[name]
     a, b = weights(), weights()
     first, second = ours(a, lr=rate, weight_decay=decay), twin(b, lr=rate, weight_decay=decay)
-    run(first, a, steps)
-    run(second, b, steps)
+    run(first, a, steps, curved=True)
+    run(second, b, steps, curved=True)
     close(a, b)
     for p, q in zip(a, b):
         for slot, value in second.state[q].items():
@@ -130,8 +159,8 @@ def test_equals_the_loop_in_single_precision(name) -> None:
     ours, twin, rate = KINDS[name]
     a, b = weights(torch.float32), weights(torch.float32)
     # Signs and thresholds of equal numbers may differ by a rounding: a few weights go their way.
-    run(ours(a, lr=rate), a, 20)
-    run(twin(b, lr=rate), b, 20)
+    run(ours(a, lr=rate), a, 50, curved=True)
+    run(twin(b, lr=rate), b, 50, curved=True)
     for p, q in zip(a, b):
         away = (p - q).abs() > 2e-5 + 2e-4 * q.abs()
         assert float(away.double().mean()) <= 1e-3 if p.numel() else True
@@ -163,7 +192,7 @@ def test_state_round_trips_and_loads_into_the_loop(name) -> None:
     ours, twin, rate = KINDS[name]
     a, b, c = weights(), weights(), weights()
     first = ours(a, lr=rate)
-    run(first, a, 7)
+    run(first, a, 7, curved=True)
     stream = io.BytesIO()
     torch.save(first.state_dict(), stream)
     stream.seek(0)
@@ -173,11 +202,13 @@ def test_state_round_trips_and_loads_into_the_loop(name) -> None:
         optimizer.load_state_dict(copy.deepcopy(saved))
         for p, q in zip(params, a):
             p.data.copy_(q)
-    run(first, a, 5, start=7)
-    run(second, b, 5, start=7)
-    run(third, c, 5, start=7)
+    run(first, a, 5, start=7, curved=True)
+    run(second, b, 5, start=7, curved=True)
+    run(third, c, 5, start=7, curved=True)
     assert all(torch.equal(p, q) for p, q in zip(a, b))
     close(a, c)
+    if isinstance(first, SophiaG | SophiaH):
+        assert 0.1 < first.win_rate() < 0.9
 
 
 @EVERY

@@ -52,6 +52,24 @@ def test_the_threshold_is_exact_for_many_numbers(fraction, kind) -> None:
     assert torch.equal(found, ordered[int(fraction * len(values))])
 
 
+@pytest.mark.parametrize("kinds", [("float32", "bfloat16"), ("bfloat16", "float32", "float64")])
+@pytest.mark.parametrize("count", [500, SAMPLE])
+def test_numbers_of_several_precisions_have_one_threshold(kinds, count) -> None:
+    values = [draw(count, seed=i).to(getattr(torch, kind)) for i, kind in enumerate(kinds * 2)]
+    params = given(values)
+    joined = torch.cat([value.double() for value in values]).abs().sort(descending=True).values
+    for fraction in (0.1, 0.5):
+        assert float(top_threshold(values, fraction)) == float(joined[int(fraction * len(joined))])
+    tau = clip_coordinates_(params, 0.1)
+    # To eight bits, where it clips numbers of that precision.
+    assert all(p.grad.dtype is v.dtype for p, v in zip(params, values))
+    assert all(float(p.grad.abs().max()) <= float(tau) * (1 + 2**-8) for p in params)
+    each = clip_coordinates_(params, 0.2, scope="tensor")
+    assert len(each) == len(params)
+    CoordinateClipped(params, "adam", lr=0.01).step()
+    assert all(bool(p.isfinite().all()) for p in params)
+
+
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 def test_invariant_2_nothing_clipped_is_the_base(base) -> None:
     a, b = (nn.Parameter(draw(6, 5)) for _ in range(2))
@@ -111,6 +129,17 @@ def test_scopes_and_places() -> None:
     by_tensor = given(values)
     clip_coordinates_(by_tensor, 0.25, scope="tensor")
     assert [int((p.grad != v).sum()) for p, v in zip(by_tensor, values)] == [10, 10]
+    by_group = given([*values, draw(60, seed=2)])
+    groups = [{"params": by_group[:1]}, {"params": [nn.Parameter(draw(2))]}]
+    groups.append({"params": by_group[1:]})
+    found = clip_coordinates_(groups, 0.25, scope="group")
+    apart = (values[0].abs(), torch.cat([values[1], draw(60, seed=2)]).abs())
+    wanted = [v.sort(descending=True).values[len(v) // 4] for v in apart]
+    assert torch.equal(found, torch.stack(wanted))
+    assert [int((p.grad.abs() == tau).sum()) for p, tau in zip(by_group, found)] == [11, 26]
+    with pytest.raises(ValueError, match="takes groups of weights: give"):
+        clip_coordinates_(by_group, 0.25, scope="group")
+    assert float(clip_coordinates_(groups, 0.0)) == float(found.max())
 
 
 def test_clipped_updates_are_clipped_adam_steps() -> None:

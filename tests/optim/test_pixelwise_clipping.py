@@ -87,6 +87,8 @@ def test_bounds_that_let_all_or_nothing_through() -> None:
     g = gradient()
     assert torch.equal(pixelwise_clip(g, math.inf), g)
     assert torch.equal(pixelwise_clip(g, 0.0), torch.zeros_like(g))
+    for kind in SUPPRESSIONS:
+        assert torch.equal(suppress(g, math.inf, kind), g)
 
 
 @NORMS
@@ -225,6 +227,11 @@ def test_calibration_watches_and_sets() -> None:
     sizes = torch.cat([pixel_norms(gradient(seed=s)).flatten() for s in range(3)])
     assert float((sizes[sizes > 0] > found).float().mean()) == pytest.approx(0.2, abs=0.01)
     assert clip.threshold == found
+    other = PixelwiseClip()
+    other.load_state_dict(clip.state_dict())
+    assert (other.threshold, other._quantile) == (found, None)
+    other.load_state_dict(PixelwiseClip("quantile:0.9").state_dict())
+    assert other._quantile == 0.9
     image.grad = None
     (clip(image) * gradient()).sum().backward()
     torch.testing.assert_close(image.grad, pixelwise_clip(gradient(), found))

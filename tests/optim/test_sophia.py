@@ -12,6 +12,7 @@ from torch import nn
 from rectiflow.optim import (
     SophiaG,
     SophiaH,
+    empirical_fisher,
     hutchinson,
     sampled_cross_entropy,
     sampled_squared_error,
@@ -67,19 +68,44 @@ def test_invariant_3_exact_curvature_is_newtons_step() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_invariant_4_drawn_labels_give_the_gauss_newton_diagonal(count) -> None:
+def test_invariant_4_drawn_labels_give_the_gauss_newton_diagonal(count, monkeypatch) -> None:
     """All ways to draw labels, weighted by their probability, for a linear softmax model."""
     x, w = draw(count, 3, seed=1), nn.Parameter(draw(3, 4, seed=2))
     probabilities = (x @ w).softmax(-1).detach()
     mean = torch.zeros_like(w)
     for labels in itertools.product(range(4), repeat=count):
         weight = math.prod(float(probabilities[i, k]) for i, k in enumerate(labels))
-        loss = nn.functional.cross_entropy(x @ w, torch.tensor(labels))
-        (grad,) = torch.autograd.grad(loss, w)
-        mean += weight * count * grad.square()
+        drawn = iter([torch.tensor(labels)[:, None]])
+        monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: next(drawn))
+        optimizer = sophia(w, betas=(0.9, 0.0))
+        optimizer.refresh(lambda: sampled_cross_entropy(x @ w))
+        mean += weight * optimizer.state[w]["hessian"]
     curvature = torch.stack([torch.diag(q) - torch.outer(q, q) for q in probabilities])
     diagonal = torch.einsum("bi,bkk->bik", x.square(), curvature).mean(0)
     torch.testing.assert_close(mean, diagonal, rtol=1e-10, atol=1e-12)
+
+
+def test_labels_of_the_data_give_the_empirical_fisher() -> None:
+    x, w, labels = draw(6, 3, seed=1), nn.Parameter(draw(3, 4, seed=2)), torch.arange(6) % 4
+    optimizer = sophia(w, betas=(0.9, 0.0))
+    optimizer.refresh(lambda: empirical_fisher((x @ w).view(2, 3, 4), labels.view(2, 3)))
+    away = (x @ w).softmax(-1) - nn.functional.one_hot(labels, 4)
+    wanted = 6 * (x.T @ away / 6).square()
+    torch.testing.assert_close(optimizer.state[w]["hessian"], wanted.detach())
+
+
+@pytest.mark.parametrize("kind", [SophiaG, SophiaH])
+def test_eps_may_be_added_as_in_the_official_code(kind) -> None:
+    p = nn.Parameter(draw(5))
+    optimizer = kind([p], lr=0.1, gamma=0.5, eps=0.3, eps_mode="add", weight_decay=0.0)
+    before, p.grad = p.detach().clone(), draw(5, seed=1)
+    optimizer.state[p]["hessian"].copy_(h := torch.tensor([0.0, 0.01, 2.0, -0.5, 0.1]).double())
+    optimizer.step()
+    mean = 0.04 * p.grad
+    ratio = (mean.abs() / (0.5 * h.clamp(min=0) + 0.3)).clamp(max=1)
+    torch.testing.assert_close(p - before, -0.1 * mean.sign() * ratio)
+    with pytest.raises(ValueError, match="unknown eps mode 'both'"):
+        kind([p], eps_mode="both")
 
 
 def test_invariant_4_so_do_drawn_residuals_for_squared_errors() -> None:
@@ -224,6 +250,26 @@ def test_invariant_10_a_refresh_disturbs_nothing() -> None:
     assert optimizer.state[model[0].weight]["hessian"].abs().sum() > 0
 
 
+def test_upward_is_downward_of_the_negative_with_curvature() -> None:
+    ends = []
+    for sign in (1, -1):
+        p = nn.Parameter(draw(6))
+        optimizer = SophiaH([p], lr=0.1, gamma=1.0, maximize=sign < 0)
+
+        def loss(p=p, sign=sign):
+            return sign * (torch.arange(1.0, 7.0) * (p**4 - p.square())).sum()
+
+        for seed in range(5):
+            optimizer.refresh(loss, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        ends.append((p.detach(), optimizer.state[p]["hessian"]))
+    assert torch.equal(*(weight for weight, _ in ends))
+    assert torch.equal(*(curvature for _, curvature in ends))
+    assert optimizer.win_rate() > 0
+
+
 def test_clipping_the_drawn_gradient_makes_curvature_smaller() -> None:
     p = nn.Parameter(draw(3))
     optimizer = sophia(p, betas=(0.9, 0.0))
@@ -244,5 +290,9 @@ def test_bad_settings_are_refused() -> None:
             sophia(p, **wrong)
     with pytest.raises(ValueError, match="a closure for each micro-batch"):
         sophia(p).refresh()
+    with pytest.raises(ValueError, match="unknown probe 'gauss'"):
+        SophiaH([p], probe="gauss")
+    with pytest.raises(ValueError, match="samples must be > 0"):
+        SophiaH([p], samples=0)
     with pytest.raises(ValueError, match="unknown probe 'gauss'"):
         hutchinson(p.square().sum(), [p], probe="gauss")

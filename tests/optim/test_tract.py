@@ -16,12 +16,15 @@ from torch.nn import functional
 from rectiflow.nets import build
 from rectiflow.optim import (
     DiffGrad,
+    SophiaH,
     TrActConv1d,
     TrActConv2d,
     TrActConv3d,
     TrActLinear,
     apply_tract,
     first_layer,
+    hutchinson,
+    plain_gradients,
     remove_tract,
     tract,
     tract_gradient,
@@ -285,8 +288,42 @@ def test_half_precision_weights_get_gradients_of_their_kind() -> None:
 def test_second_derivatives_are_refused() -> None:
     layer, x = TrActLinear(3, 2), torch.randn(4, 3, requires_grad=True)
     (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a gradient of TrAct has no derivative"):
         slope.square().sum().backward()
+    # Where only some inputs are asked for, autograd would leave the layer out and say nothing.
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    apply_tract(model)
+    with pytest.raises(RuntimeError, match="plain_gradients"):
+        hutchinson(model(x).square().mean(), list(model.parameters()))
+    optimizer = SophiaH(model.parameters())
+    with pytest.raises(RuntimeError, match="plain_gradients"):
+        optimizer.refresh(lambda: model(x).square().mean())
+    with plain_gradients(model):
+        optimizer.refresh(lambda: model(x).square().mean())
+    assert optimizer.state[model[0].weight]["hessian"].any()
+
+
+@FORMS
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_layers_are_plain_in_a_block(form, parametrised) -> None:
+    wanted, x = made("conv2d")
+    layer = copy.deepcopy(wanted)
+    apply_tract(layer, form=form)
+    if parametrised:
+        for one in (wanted, layer):
+            nn.utils.parametrizations.weight_norm(one)
+    kind, text = type(layer), repr(layer)
+
+    def slopes(one: nn.Module) -> tuple[torch.Tensor, ...]:
+        z = one(x)
+        return torch.autograd.grad((z * factors(z)).mean(), list(one.parameters()))
+
+    with plain_gradients(layer):
+        inside = slopes(layer)
+    assert (type(layer), repr(layer)) == (kind, text)
+    outside = slopes(layer)
+    torch.testing.assert_close(inside, slopes(wanted))
+    assert not all(torch.allclose(a, b) for a, b in zip(inside, outside))
 
 
 def test_functional_gradients() -> None:

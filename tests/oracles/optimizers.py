@@ -132,7 +132,7 @@ class SGDP(Loop):
         if self.nesterov:
             found = grad + group["momentum"] * found
         found, share = project(weight, raw, found, group["delta"], group["wd_ratio"], self.eps)
-        if self.project_buffer:
+        if self.project_buffer and not self.nesterov:
             state["momentum_buffer"] = found.clone()
         return found, decay * share / (1 - group["momentum"])
 
@@ -141,14 +141,20 @@ class Sophia(Loop):
     slots = ("exp_avg", "hessian")
 
     def __init__(
-        self, params, lr=1e-4, betas=(0.96, 0.99), gamma=0.05, eps=1e-12, weight_decay=0.2
-    ):
+        self, params, lr=1e-4, betas=(0.96, 0.99), gamma=0.05, eps=1e-12, weight_decay=0.2,
+        eps_mode="max",
+    ):  # fmt: skip
+        self.eps_mode = eps_mode
         super().__init__(params, lr, weight_decay, betas=betas, gamma=gamma, eps=eps)
 
     def direction(self, weight, grad, raw, state, group, step, common, decay):
         b1 = group["betas"][0]
         state["exp_avg"] = b1 * state["exp_avg"] + (1 - b1) * grad
-        curvature = torch.clamp(group["gamma"] * state["hessian"], min=group["eps"])
+        scaled = group["gamma"] * state["hessian"]
+        if self.eps_mode == "add":
+            curvature = torch.clamp(scaled, min=0) + group["eps"]
+        else:
+            curvature = torch.clamp(scaled, min=group["eps"])
         return torch.clamp(state["exp_avg"] / curvature, -1, 1), decay
 
 
@@ -174,7 +180,9 @@ class AdAdaGradNorm(Loop):
         for group, grads in groups:
             if grads:
                 group["sum_of_squares"] = group["sum_of_squares"] + sum(
-                    float(g.double().square().sum()) for g in grads
+                    float((p.grad.double() + group["weight_decay"] * p.double()).square().sum())
+                    for p in group["params"]
+                    if p.grad is not None
                 )
         return [{} for _ in groups]
 

@@ -44,7 +44,9 @@ def group_size(count: int) -> int:
 
 
 def extremes(change: Float[Tensor, " n"], size: int) -> Groups:
-    """The samples with the largest and the smallest change; among equals the first ones.
+    """The samples with the largest change and, of the others, those with the smallest.
+
+    Among equals the first ones.
 
     Args:
         change: one number a sample, such as the change of its loss over a step.
@@ -66,7 +68,8 @@ def extremes(change: Float[Tensor, " n"], size: int) -> Groups:
         )
     falling = change.sort(descending=True, stable=True).indices
     rising = change.sort(stable=True).indices
-    return Groups(falling[:size], rising[:size])
+    left = rising[~torch.isin(rising, falling[:size])]
+    return Groups(falling[:size], left[:size])
 
 
 def alternation(losses: Float[Tensor, "w n"]) -> Float[Tensor, " n"]:
@@ -104,7 +107,8 @@ def random_groups(
 ) -> Groups:
     """Random groups of the same sizes and label mixes, to compare with.
 
-    Members of the given groups are taken only where a label has no other samples left.
+    Members of the given groups are taken only where a label has no other samples left, and a sample
+    is in both only where these have more of a label than there are.
 
     Args:
         groups: the groups to imitate.
@@ -127,10 +131,15 @@ def random_groups(
     queues: dict[int, list[int]] = {}
     for index in reversed(order.tolist()):
         queues.setdefault(int(kinds[index]), []).append(index)
-    drawn = [
-        [queues[int(kind)].pop() for kind in kinds[group.cpu()]]
-        for group in (groups.plus, groups.minus)
-    ]
+    every = {kind: list(queue) for kind, queue in queues.items()}
+    drawn: list[list[int]] = []
+    for group in (groups.plus, groups.minus):
+        own: list[int] = []
+        for kind in kinds[group.cpu()].tolist():
+            if not queues[kind]:
+                queues[kind] = [index for index in every[kind] if index not in own]
+            own.append(queues[kind].pop())
+        drawn.append(own)
     return Groups(torch.tensor(drawn[0]), torch.tensor(drawn[1]))
 
 

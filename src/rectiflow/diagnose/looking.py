@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from rectiflow.optim.tract_layers import plain_gradients
 from rectiflow.training.random_state import random_state, set_random_state
 
 
@@ -19,8 +20,9 @@ def untouched(module: nn.Module | None = None, *, batch_statistics: bool = False
     """Let a block differentiate a model twice, and leave the model exactly as it was.
 
     Inside, modules are in evaluation mode, attention takes the kernel that has a second derivative,
-    autocast is off and compiled networks run uncompiled. Afterwards each module's mode, buffers
-    (running statistics) and torch's random numbers are what they were.
+    autocast is off, compiled networks run uncompiled and TrAct layers have plain gradients.
+    Afterwards each module's mode, buffers (running statistics) and torch's random numbers are what
+    they were.
 
     Args:
         module: what is looked at; without one only what is global is taken care of.
@@ -32,6 +34,8 @@ def untouched(module: nn.Module | None = None, *, batch_statistics: bool = False
     device = torch.device("cpu") if first is None else first.device
     with ExitStack() as stack:
         stack.callback(set_random_state, random_state(device), device)
+        if module is not None:
+            stack.enter_context(plain_gradients(module))
         for part in modules:
             norm = batch_statistics and isinstance(part, _NormBase)
             stack.callback(setattr, part, "training", part.training)

@@ -189,7 +189,8 @@ class OpposingSignals:
             optimizer: what took the step; its learning rate is that of `eta_lambda`.
 
         Returns:
-            a report of steps that are due, as soon as enough steps before them were seen.
+            a report of steps that are due, as soon as enough steps before them were seen; None
+            where losses or gradients are not finite.
         """
         # One step more than the window needs, to see whether groups swap sides.
         if not (self.on_rise or -step % self.every <= self.window + 1):
@@ -217,7 +218,9 @@ class OpposingSignals:
         """Plots of reports and a sheet of the samples found; file to caption."""
         return opposing_page.draw(rows, self, folder)
 
-    def _report(self, step: int, losses: Tensor, rate: float | None) -> OpposingReport:
+    def _report(self, step: int, losses: Tensor, rate: float | None) -> OpposingReport | None:
+        if not bool(losses.isfinite().all()):
+            return None
         before, after = losses[-2], losses[-1]
         change = after - before
         groups = extremes(alternation(losses[-1 - self.window :]), self.size)
@@ -227,6 +230,8 @@ class OpposingSignals:
             swapped = float(torch.isin(groups.plus, fell).double().mean())
         rising, falling = self._of_group(groups.plus), self._of_group(groups.minus)
         plus, minus = rising.gradient(), falling.gradient()
+        if not bool((plus + minus).isfinite().all()):
+            return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         labels, count = self.probe.labels, len(self.probe)
         random, alike = [], []

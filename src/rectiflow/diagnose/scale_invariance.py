@@ -107,6 +107,11 @@ def _tested(
     return Invariance(kind, by_channel, at_once, norm, turning)
 
 
+def _adaptive(optimizer: Any) -> bool:
+    """Whether steps do not shrink with the gradient: what it is divided by has an eps, or betas."""
+    return optimizer is not None and not {"betas", "eps"}.isdisjoint(optimizer.param_groups[0])
+
+
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """`|cos|` row by row, 0 for rows of zeros."""
     lengths = a.norm(dim=1).clamp(min=1e-8) * b.norm(dim=1).clamp(min=1e-8)
@@ -175,7 +180,7 @@ class ScaleInvariance:
             gradients,
             delta=self.delta,
             learning_rate=rate_of(optimizer),
-            adaptive=optimizer is not None and "betas" in optimizer.param_groups[0],
+            adaptive=_adaptive(optimizer),
         )
         return InvarianceReport(step, found)
 

@@ -88,7 +88,10 @@ class Sharpness:
         self._direction: Tensor | None = None
 
     def observe(self, step: int, optimizer: Any = None) -> SharpnessReport | None:
-        """Look at the model after a training step; returns a report every so many steps."""
+        """Look at the model after a training step; returns a report every so many steps.
+
+        None where the loss has no finite gradient: its curvature cannot be had.
+        """
         found = self._report(step, rate_of(optimizer)) if step % self.every == 0 else None
         if (step + 1) % self.every == 0:
             self._before = (step, [p.detach().clone() for p in trained(self.probe)])
@@ -126,7 +129,7 @@ class Sharpness:
             pictures[drawn] = f"Sharpness layer by layer; at the end {top} is the sharpest."
         return pictures
 
-    def _report(self, step: int, rate: float | None) -> SharpnessReport:
+    def _report(self, step: int, rate: float | None) -> SharpnessReport | None:
         params, batches = trained(self.probe), chunks(self.probe, self.batch_size)
         loss = mean_loss(self.probe, batches)
         looked: dict[str, Any] = {
@@ -134,6 +137,9 @@ class Sharpness:
             "batch_statistics": self.batch_statistics,
         }
         hessian = Hessian(loss, params, batches, **looked)
+        slope = hessian.gradient()
+        if not bool(slope.isfinite().all()):
+            return None
         generator = torch.Generator(hessian.device).manual_seed(self.seed)
         search: dict[str, Any] = {"steps": 20, "tolerance": 1e-2, "generator": generator}
         top = top_eigenpair(hessian, start=self._direction, **search)
@@ -147,7 +153,7 @@ class Sharpness:
         return SharpnessReport(
             step=step,
             loss=hessian.value(),
-            gradient_norm=float(hessian.gradient().norm()),
+            gradient_norm=float(slope.norm()),
             sharpness=top.value,
             eta_lambda=None if rate is None else rate * top.value,
             layers=block_sharpness(loss, blocks, batches, **looked, **search),

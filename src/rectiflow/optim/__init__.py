@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "chained": ("ChainedOptimizer", "chain"),
         "coordinate_clipping": ("ClipCoordinates", "clip_coordinates_", "top_threshold"),
         "curvature": (
+            "empirical_fisher",
             "hutchinson",
             "sampled_cross_entropy",
             "sampled_squared_error",
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = attach(
             "TrActConv3d",
             "TrActLinear",
             "apply_tract",
+            "plain_gradients",
             "remove_tract",
         ),
         "whole_gradients": ("CentreGradients", "ClipNorm"),

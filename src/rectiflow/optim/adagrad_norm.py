@@ -22,7 +22,8 @@ SUM = "sum_of_squares"
 class AdagradNorm(Direction):
     """`g / b` with `b² = b0² + ||g_1||² + ... + ||g_t||²`, norms over the weights of a group.
 
-    Unlike the diagonal form it commutes with rotations of the weights.
+    Coupled weight decay is part of g in both. Unlike the diagonal form it commutes with rotations
+    of the weights.
 
     Args:
         initial: b0², > 0.
@@ -51,9 +52,9 @@ class AdagradNorm(Direction):
     ) -> Iterable[dict[str, Tensor]]:
         found = []
         for group, grads in groups:
-            norms = torch.stack([torch.linalg.vector_norm(wide(grad)) for grad in grads])
+            total = torch.nn.utils.get_total_norm([wide(grad) for grad in grads])
             # A new tensor each time: what state_dict gave away stays as it was.
-            group[SUM] = group[SUM] + norms.square().sum()  # type: ignore[index]
+            group[SUM] = group[SUM] + total.square()  # type: ignore[index]
             found.append({"norm_so_far": torch.as_tensor(group[SUM]).sqrt()})
         return found
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from rectiflow.errors import positive
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
 
 
 class ResizableBatches:
@@ -19,7 +14,10 @@ class ResizableBatches:
 
     A batch sampler for `torch.utils.data.DataLoader`: set `batch_size` between batches, and every
     index still comes once an epoch. Order follows from seed and position alone, so a resumed
-    training goes on exactly. Workers of a loader fetch some batches ahead of a change.
+    training goes on exactly. Workers of a loader fetch some batches ahead of a change, and
+    `state_dict` has the position after those: with workers, save and load
+    `{"position": used, "batch_size": size}`, where `used` counts the samples of all steps so far,
+    over all processes and earlier resumes.
 
     Args:
         count: size of the data set.
@@ -62,23 +60,19 @@ class ResizableBatches:
             self.position += self.batch_size
             yield self._between(first, first + share)
 
-    def _between(self, first: int, end: int) -> list[int]:
-        """The indices at the places from `first` to before `end` of the endless order."""
+    def _between(self, first: int, stop: int) -> list[int]:
+        """The indices at some places of the endless order."""
         found: list[int] = []
-        while first < end:
-            offset = first % self.count
-            taken = min(end - first, self.count - offset)
-            found += self._epoch_at(first // self.count)[offset : offset + taken].tolist()
-            first += taken
+        while first < stop:
+            epoch, offset = divmod(first, self.count)
+            if epoch != self._epoch:
+                mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch + 1) % (1 << 63)
+                generator = torch.Generator().manual_seed(mixed)
+                self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
+            part = self._order[offset : offset + stop - first].tolist()
+            found += part
+            first += len(part)
         return found
-
-    def _epoch_at(self, epoch: int) -> Int[Tensor, " n"]:
-        """The order of an epoch."""
-        if epoch != self._epoch:
-            mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch + 1) % (1 << 63)
-            generator = torch.Generator().manual_seed(mixed)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
-        return self._order
 
     def state_dict(self) -> dict[str, int]:
         """The position in the order, and the size of a batch."""

@@ -58,8 +58,8 @@ class Bucket:
         state: one buffer a slot, in float32 at least.
         steps: steps that each weight has taken, a tensor for checkpoints.
         counts: the same as numbers.
-        loose: the weights could not be moved (shared memory, sharded or overlapping tensors): they
-            are copied in and out at each step.
+        loose: the weights could not be moved (shared memory, overlapping tensors): they are copied
+            in and out at each step.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.graph import increment_version
 
 from rectiflow.errors import positive
 from rectiflow.optim.buckets import Bucket, working_dtype
-from rectiflow.optim.parts import Direction, Part, Stretch, move, replace_gradient
-from rectiflow.optim.whole_tensors import step_whole
+from rectiflow.optim.parts import Direction, Part, Stretch, change_gradient, move
+from rectiflow.optim.whole_tensors import rectified_gradients, step_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,11 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     The weights of a group are laid into one buffer for each device and dtype, of which they become
     views: values, identity, shapes and hooks stay, `state_dict` and checkpoints too. Weights that
-    cannot be moved (shared memory, sharded tensors) are copied in and out. State is in float32 at
-    least. Gradients are left as they are.
+    cannot be moved (shared memory) are copied in and out; sharded ones are refused. State is in
+    float32 at least. Gradients are left as they are.
+
+    What a part asks of all gradients (a norm, a quantile) it asks of them as the steps before it
+    leave them; where there are such, that costs a copy of the gradients.
 
     Args:
         params: weights, or groups of them with settings of their own.
@@ -46,12 +49,14 @@ class ChainedOptimizer(torch.optim.Optimizer):
         decoupled: whether it is decoupled; otherwise it is added to the gradient.
         maximize: go up instead of down.
         compile: compute each bucket in one compiled kernel (needs a C++ compiler on a CPU). It
-            takes a few seconds once, and memory for one more copy of the gradients.
+            takes a few seconds once, and memory for one more copy of the gradients. Not for
+            parts that need whole tensors.
         settings: defaults of the parts' settings to change.
 
     Raises:
-        ValueError: settings out of range, several direction rules or none, weights that are
-            complex or no floating-point numbers.
+        ValueError: settings out of range, several direction rules or none, parts that do not fit
+            together or cannot be compiled, weights that are sharded, complex or no
+            floating-point numbers.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
         if len(rules) != 1:
             raise ValueError(f"a chain has one direction rule, got {len(rules)}")
         self.parts = _ordered(parts, decoupled=decoupled)
+        _check_parts(self.parts, compile=compile)
         self.decoupled = decoupled
         self.compile = compile
         self._buckets: dict[int, tuple[list[int], list[Bucket]]] = {}
@@ -103,6 +109,12 @@ class ChainedOptimizer(torch.optim.Optimizer):
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for weights or settings of a group that cannot be."""
         for p in group["params"]:
+            if hasattr(p, "placements"):
+                raise ValueError(
+                    f"{type(self).__name__} takes whole weights, got a sharded one "
+                    f"({type(p).__name__}): train with DistributedDataParallel, which keeps them "
+                    "whole, or with an optimizer of torch.optim"
+                )
             if not p.is_floating_point():
                 raise ValueError(
                     f"{type(self).__name__} takes real floating-point weights, got {p.dtype}: "
@@ -132,14 +144,46 @@ class ChainedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _survey(self, work: Sequence[tuple[int, dict[str, Any], list[Any]]]) -> list[dict]:
-        """What parts say that look at all gradients."""
+        """What parts say that look at all gradients, as those before them leave them."""
         found: list[dict[str, Any]] = [{} for _ in work]
+        decays = any(group["weight_decay"] for _, group, _ in work)
+        earlier: list[Part] = []
         for part in self.parts:
             if part.surveys:
-                given = [(group, [g for g in grads if g is not None]) for _, group, grads in work]
+                if earlier:
+                    given = self._rectified(earlier, work, found)
+                else:
+                    given = [
+                        (group, [g for g in grads if g is not None]) for _, group, grads in work
+                    ]
                 for own, more in zip(found, part.survey(given)):
                     own.update(more)
+            if part.on == "gradient" and (decays or not isinstance(part, _CoupledDecay)):
+                earlier.append(part)
         return found
+
+    def _rectified(
+        self,
+        parts: Sequence[Part],
+        work: Sequence[tuple[int, dict[str, Any], list[Any]]],
+        found: Sequence[dict[str, Any]],
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Each group with its gradients as rectifiers of gradients leave them."""
+        joint = any(part.whole and part.joint for part in parts)
+        made = []
+        for (number, group, grads), known in zip(work, found):
+            by_param = dict(zip(map(id, group["params"]), grads))
+            rows: list[Tensor] = []
+            for bucket in self._buckets_of(number, group):
+                own = [by_param[id(p)] for p in bucket.params]
+                bucket.gather()
+                for count, indices in bucket.runs([grad is not None for grad in own]):
+                    flats = {index: bucket.flatten(index, own[index]) for index in indices}
+                    numbers = {**self._numbers(group, count + 1), **known}
+                    for unit in [indices] if joint else bucket.units(indices):
+                        rows += rectified_gradients(parts, bucket, unit, flats, dict(numbers))
+            made.append((group, rows))
+        return made
 
     def _step_group(
         self, number: int, group: dict[str, Any], grads: list[Any], found: dict[str, Any]
@@ -253,22 +297,27 @@ class ChainedOptimizer(torch.optim.Optimizer):
             known = self.state.get(p, {})
             views = {name: bucket.slot_view(name, index) for name in self.slots}
             for name, view in views.items():
-                if name in known:
+                if known.get(name) is not None:
                     view.copy_(known[name])
-            if "step" in known:
-                bucket.counts[index] = int(known["step"])
-                bucket.steps[index] = float(known["step"])
+            # Torch's SGD counts no steps; where it left a buffer, there was one.
+            begun = any(known.get(name) is not None for name in views)
+            steps = known.get("step", float(begun))
+            bucket.counts[index] = int(steps)
+            bucket.steps[index] = float(steps)
             self.state[p] = {"step": bucket.steps[index], **views}
         return bucket
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, that of a loop optimizer with the same buffers included.
 
-        Buffers that it lacks begin with zeros. State stays in float32 for weights of lower
-        precision.
+        Buffers that it lacks begin with zeros, settings that it lacks are this optimizer's own.
+        State stays in float32 for weights of lower precision.
         """
         super().load_state_dict(state_dict)
         self._buckets.clear()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(saved, own):
@@ -320,11 +369,7 @@ class _CoupledDecay(Part):
 
     def apply(self, stretch: Stretch) -> None:
         added = stretch.param * stretch.numbers["coupled"]
-        average = stretch.momentum_gradient
-        same = average is stretch.gradient
-        replace_gradient(stretch, stretch.gradient + added)
-        if not same:
-            stretch.momentum_gradient = average + added
+        change_gradient(stretch, lambda gradient: gradient + added)
 
 
 def _ordered(parts: Sequence[Part], *, decoupled: bool) -> tuple[Part, ...]:
@@ -334,6 +379,22 @@ def _ordered(parts: Sequence[Part], *, decoupled: bool) -> tuple[Part, ...]:
     before = [part for part in rectifiers if part.on == "gradient"]
     after = [part for part in rectifiers if part.on == "direction"]
     return (*before, *(() if decoupled else (_CoupledDecay(),)), *rule, *after)
+
+
+def _check_parts(parts: Sequence[Part], *, compile: bool) -> None:
+    """Raise ValueError for parts that do not work together."""
+    surveying = [type(part) for part in parts if part.surveys]
+    for part in parts:
+        name, count = type(part).__name__, surveying.count(type(part))
+        if part.surveys and count > 1:
+            raise ValueError(
+                f"a chain takes one {name} that looks at all gradients, got {count}: keep one"
+            )
+        if compile and part.whole:
+            raise ValueError(
+                f"{name} needs whole tensors, which one kernel does not see: leave out compile=True"
+            )
+        part.check_chain(parts)
 
 
 def _gradient(optimizer: Any, p: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from rectiflow.errors import positive, unknown
-from rectiflow.optim.parts import Part, Stretch, Whole, replace_gradient
+from rectiflow.optim.parts import Part, Stretch, Whole, change_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -87,19 +88,21 @@ def _bracketed(values: Sequence[Tensor], count: int, rank: int) -> Tensor | None
 
 def _between(parts: Sequence[Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, int]:
     """The magnitudes from low to high, and how many are larger."""
-    if parts[0].device.type == "cpu" and parts[0].dtype in (torch.float32, torch.float64):
+    known = (torch.float32, torch.float64)
+    if low.device.type == "cpu" and all(part.dtype in known for part in parts):
         # NumPy compares and selects on a CPU several times faster than torch.
         least, most = low.numpy(), high.numpy()
         found, count = [], 0
         for part in parts:
-            size = np.abs(part.detach().numpy())
+            size = np.abs(part.detach().to(low.dtype).numpy())
             over = size > most
             count += int(np.count_nonzero(over))
             found.append(size[(size >= least) & ~over])
         return torch.from_numpy(np.concatenate(found)), count
     inside, above = [], torch.zeros((), dtype=torch.int64, device=low.device)
     for part in parts:
-        magnitude = part.abs()
+        # Next to numbers of one dimension those of none are rounded to their dtype.
+        magnitude = part.abs().to(low.dtype)
         above += (magnitude > high).sum()
         inside.append(magnitude[(magnitude >= low) & (magnitude <= high)])
     return torch.cat(inside), int(above)
@@ -120,16 +123,18 @@ def clip_coordinates_(
     over what is not zero.
 
     Args:
-        params: weights whose gradients are clipped; those without gradient are left out.
+        params: weights whose gradients are clipped, or groups of them such as an optimizer's
+            `param_groups`; weights without gradient are left out.
         fraction: share of the coordinates to clip, in [0, 1); 0 clips nothing.
-        scope: "global" (one threshold) or "tensor" (one each).
+        scope: "global" (one threshold), "group" (one a group) or "tensor" (one each).
         threshold_scale: factor on the threshold.
 
     Returns:
-        the threshold, or one a tensor.
+        the threshold, or one a group or tensor.
 
     Raises:
-        ValueError: a fraction outside [0, 1), an unknown scope, a gradient that is not finite.
+        ValueError: a fraction outside [0, 1), an unknown scope, weights without groups for
+            "group", a gradient that is not finite.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
@@ -139,30 +144,43 @@ def clip_coordinates_(
 
     Source: arXiv 2306.00204, section 4.
     """
-    if scope not in ("global", "tensor"):
-        raise unknown("scope", scope, ("global", "tensor"))
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
-    grads = [p.grad for p in listed if p.grad is not None]
+    if scope == "group" and any(isinstance(one, torch.Tensor) for one in listed):
+        raise ValueError("scope='group' takes groups of weights: give optimizer.param_groups")
+    members = [[one] if isinstance(one, torch.Tensor) else one["params"] for one in listed]
+    groups = [[p.grad for p in group if p.grad is not None] for group in members]
+    grads = [grad for group in groups for grad in group]
     if not grads:
         return torch.zeros(())
-    if not bool(torch.stack(torch._foreach_norm(grads, torch.inf)).isfinite().all()):
+    if not math.isfinite(torch.nn.utils.get_total_norm(grads, torch.inf)):
         raise ValueError("gradients are not finite: skip this step, or clip nothing")
-    if scope == "tensor":
-        found = torch.stack([_threshold([grad], fraction) for grad in grads])
-    else:
-        found = _threshold(grads, fraction)
-    found = found * threshold_scale
-    for grad, tau in zip(grads, found.expand(len(grads)).unbind()):
-        if fraction:
-            torch.clamp(grad, -tau, tau, out=grad)
-    return found
+    together = {
+        "global": [grads],
+        "group": [group for group in groups if group],
+        "tensor": [[grad] for grad in grads],
+    }[scope]
+    found = [_threshold(some, fraction) * threshold_scale for some in together]
+    if fraction:
+        for some, tau in zip(together, found):
+            for grad in some:
+                bound = tau.to(grad)
+                torch.clamp(grad, -bound, bound, out=grad)
+    if scope == "global":
+        return found[0]
+    return torch.stack([tau.to(found[0].device) for tau in found])
 
 
 def _threshold(values: Sequence[Tensor], fraction: float) -> Tensor:
-    """`top_threshold`, over what is not zero where it would be zero itself."""
-    found = top_threshold(values, fraction)
+    """`top_threshold`, over what is not zero where it would be zero itself.
+
+    What is on several devices is brought to the first.
+    """
+    here = [value.to(values[0].device) for value in values]
+    found = top_threshold(here, fraction)
     if found == 0:
-        kept = [value[value != 0] for value in values]
+        kept = [value[value != 0] for value in here]
         if any(value.numel() for value in kept):
             return top_threshold(kept, fraction)
     return found
@@ -177,7 +195,8 @@ class ClipCoordinates(Part):
         scope: over what the threshold is taken: "global" (all weights; not for updates), "group"
             or "tensor".
         where: "gradient"; "momentum" (first moments see the clipped gradient, second moments the
-            whole one: the paper's Adam); or "update" (the direction).
+            whole one: the paper's Adam); or "update" (the direction). Thresholds of both gradients
+            are those of the whole one.
         threshold_scale: factor on the threshold.
 
     Raises:
@@ -228,10 +247,7 @@ class ClipCoordinates(Part):
         return [{"clip_above": self._tau(grads)} for _, grads in groups]
 
     def _tau(self, values: Sequence[Tensor]) -> Tensor:
-        """The threshold; what is on several devices is brought to the first."""
-        device = values[0].device
-        here = [value if value.device == device else value.to(device) for value in values]
-        return _threshold(here, self.fraction) * self.threshold_scale
+        return _threshold(values, self.fraction) * self.threshold_scale
 
     def apply(self, stretch: Stretch) -> None:
         if not self.fraction:
@@ -240,25 +256,29 @@ class ClipCoordinates(Part):
             self._apply_whole(stretch)
             return
         tau = stretch.numbers["clip_above"].to(stretch.gradient)
-        clipped = torch.clamp(stretch.gradient, -tau, tau)
         if self.where == "momentum":
-            stretch.momentum_gradient = clipped
+            stretch.momentum_gradient = torch.clamp(stretch.momentum_gradient, -tau, tau)
         else:
-            replace_gradient(stretch, clipped)
+            change_gradient(stretch, lambda gradient: torch.clamp(gradient, -tau, tau))
 
     def _apply_whole(self, whole: Whole) -> None:
         """Clip by tensor, or the direction of all weights here."""
         source = whole.direction if self.where == "update" else whole.gradient
-        clipped = source.clone()
-        spans = [whole.span(index) for index in whole.indices]
-        parts = [clipped[start:stop] for start, stop in spans if stop > start]
-        for some in [[part] for part in parts] if self.scope == "tensor" else [parts]:
-            tau = self._tau(some)
-            for part in some:
-                torch.clamp(part, -tau, tau, out=part)
+        spans = [span for span in map(whole.span, whole.indices) if span[1] > span[0]]
+        bounds: list[tuple[int, int, Tensor]] = []
+        for some in [[span] for span in spans] if self.scope == "tensor" else [spans]:
+            tau = self._tau([source[start:stop] for start, stop in some])
+            bounds += [(start, stop, tau) for start, stop in some]
+
+        def clipped(values: Tensor) -> Tensor:
+            made = values.clone()
+            for start, stop, tau in bounds:
+                made[start:stop].clamp_(-tau, tau)
+            return made
+
         if self.where == "update":
-            whole.direction = clipped
+            whole.direction = clipped(source)
         elif self.where == "momentum":
-            whole.momentum_gradient = clipped
+            whole.momentum_gradient = clipped(whole.momentum_gradient)
         else:
-            replace_gradient(whole, clipped)
+            change_gradient(whole, clipped)

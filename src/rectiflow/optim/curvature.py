@@ -85,7 +85,7 @@ def sampled_cross_entropy(
     """The loss on labels drawn from the model itself, for Gauss-Newton-Bartlett estimates.
 
     The squared gradient of this mean, times the number of labels, is on average the diagonal of
-    the Gauss-Newton matrix. Labels of the data would give another matrix (the empirical Fisher).
+    the Gauss-Newton matrix. Labels of the data would give another one, see `empirical_fisher`.
 
     Args:
         logits: the model's answers; every row is a draw.
@@ -101,6 +101,25 @@ def sampled_cross_entropy(
         rows.detach().float().softmax(-1), 1, generator=generator
     ).squeeze(1)
     return functional.cross_entropy(rows, labels), len(rows)
+
+
+def empirical_fisher(
+    logits: Float[Tensor, "*rows classes"], labels: Int[Tensor, "*rows"]
+) -> tuple[Float[Tensor, ""], int]:
+    """The loss on the data's own labels, for the diagonal of the empirical Fisher matrix.
+
+    The squared gradient of this mean, times the number of labels, is not curvature: it depends on
+    how well the model fits. It needs no draw, and some ports of Sophia use it; the paper does not.
+
+    Args:
+        logits: the model's answers.
+        labels: those of the data, one a row.
+
+    Returns:
+        the loss, and how many labels there are.
+    """
+    rows = logits.flatten(0, -2)
+    return functional.cross_entropy(rows, labels.flatten()), len(rows)
 
 
 def sampled_squared_error(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class Friction(Part):
             scaled at will; an extension of ours.
 
     Raises:
-        ValueError: an unknown shape.
+        ValueError: an unknown shape, or `relative` with another rule than Adam.
 
     Source: arXiv 1909.11015, equation 5 (`xi`); the gradient before the first is 0.
     """
@@ -82,6 +82,13 @@ class Friction(Part):
             raise unknown("friction", name, PRESETS)
         shape, scale, slope, offset = PRESETS[name]
         return cls(scale, slope, offset, shape, relative)
+
+    def check_chain(self, parts: Sequence[Part]) -> None:
+        if self.relative and not any("exp_avg_sq" in part.slots for part in parts):
+            raise ValueError(
+                "relative friction divides by Adam's mean of squares: put it behind Adam, or take "
+                "relative=False"
+            )
 
     def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, float]:
         if not self.relative:

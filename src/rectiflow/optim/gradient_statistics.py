@@ -118,7 +118,10 @@ class GradientStatistics:
 
 def _total(tensors: Iterable[Tensor]) -> float:
     """The sum of everything, accumulated in float64 where the device has it."""
-    return sum(float(tensor.sum()) for tensor in tensors)
+    return sum(
+        float(tensor.sum(dtype=None if tensor.device.type == "mps" else torch.float64))
+        for tensor in tensors
+    )
 
 
 def _like(squares: Tensor, kept: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class SGDP(ChainedOptimizer):
         eps: added to norms.
         delta: see `RadialProjection`.
         wd_ratio: see `RadialProjection`.
-        project_buffer: see `RadialProjection`.
+        project_buffer: see `RadialProjection`; with nesterov, or without momentum, there is
+            nothing to project.
         maximize: go up.
 
     Source: arXiv 2006.08217, algorithm 1.
@@ -146,7 +147,8 @@ class SGDP(ChainedOptimizer):
         project_buffer: bool = False,
         maximize: bool = False,
     ) -> None:
-        projection = RadialProjection(delta, wd_ratio, eps, project_buffer and momentum > 0)
+        shared = project_buffer and momentum > 0 and not nesterov
+        projection = RadialProjection(delta, wd_ratio, eps, shared)
         super().__init__(
             params,
             [Momentum(momentum, dampening, nesterov), projection],

@@ -7,7 +7,7 @@ block that fits the cache, or the whole buffer inside one compiled kernel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,11 +70,13 @@ class Whole(Stretch):
 
     def cut(self, place: slice) -> Stretch:
         """A stretch of it, without copies."""
+        gradient = self.gradient[place]
+        same = self.momentum_gradient is self.gradient
         return Stretch(
             self.param[place],
             self.raw[place],
-            self.gradient[place],
-            self.momentum_gradient[place],
+            gradient,
+            gradient if same else self.momentum_gradient[place],
             self.direction[place],
             {name: buffer[place] for name, buffer in self.state.items()},
             self.numbers,
@@ -90,7 +92,8 @@ class Part(ABC):
             it and for the rule itself.
         whole: whether it needs whole tensors, and so `apply` gets a `Whole`.
         joint: whether that has to hold all weights of one kind in a group at once.
-        surveys: whether it looks at all gradients before any weight moves.
+        surveys: whether it looks at all gradients, as the rectifiers before it leave them, before
+            any weight moves.
     """
 
     slots: tuple[str, ...] = ()
@@ -108,6 +111,10 @@ class Part(ABC):
         """Raise ValueError for settings that cannot be."""
         return
 
+    def check_chain(self, parts: Sequence[Part]) -> None:
+        """Raise ValueError for a chain that lacks what the part needs."""
+        return
+
     def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, float]:
         """What the part needs to know of the group at a step, counted from 1."""
         return {}
@@ -118,7 +125,7 @@ class Part(ABC):
         """Numbers that depend on all gradients: one dictionary a group, of 0-dim tensors.
 
         Args:
-            groups: each group with its gradients.
+            groups: each group with its gradients, as they reach the part.
         """
         return [{} for _ in groups]
 
@@ -146,9 +153,11 @@ def approach(buffer: Tensor, goal: Tensor, share: Any) -> None:
         buffer.add_((goal - buffer) * share)
 
 
-def replace_gradient(stretch: Stretch, gradient: Tensor) -> None:
-    """Give a stretch another gradient, for both moments."""
-    stretch.gradient = stretch.momentum_gradient = stretch.direction = gradient
+def change_gradient(stretch: Stretch, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the gradient of a stretch, and what enters first moments in the same way."""
+    gradient, average = stretch.gradient, stretch.momentum_gradient
+    stretch.gradient = stretch.direction = change(gradient)
+    stretch.momentum_gradient = stretch.gradient if average is gradient else change(average)
 
 
 def move(stretch: Stretch, target: Tensor) -> None:

@@ -108,6 +108,13 @@ class PixelwiseClip(nn.Module):
         fraction, threshold, largest = (float(value) for value in self._last)
         return Clipped(fraction, threshold, largest)
 
+    def get_extra_state(self) -> dict[str, float | str]:
+        return {"threshold": self.threshold}
+
+    def set_extra_state(self, state: dict[str, float | str]) -> None:
+        self.threshold = state["threshold"]
+        self._quantile = _parsed(self.threshold)
+
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, suppression={self.suppression}, norm={self.norm}"
 
@@ -155,7 +162,7 @@ def calibrate_threshold(
     Nothing is suppressed meanwhile. Pixels without gradient (background) do not count.
 
     Args:
-        clip: the clip; its `threshold` becomes what is returned.
+        clip: the clip; its `threshold`, and with it its state dict, becomes what is returned.
         backward: makes one backward pass through it, without a step of the optimizer.
         steps: how many passes.
         q: the quantile of the pixels' gradients, in (0, 1).

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rectiflow.errors import positive, unknown
+from rectiflow.optim.directions import Momentum
 from rectiflow.optim.parts import Part, Whole
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class RadialProjection(Part):
             does by sharing it with the direction; the paper does not.
 
     Raises:
-        ValueError: negative numbers, an unknown `projection`.
+        ValueError: negative numbers, an unknown `projection`, `project_buffer` where the direction
+            is not the buffer of `Momentum`.
 
     Source: arXiv 2006.08217, algorithms 1 and 2, and the official code's order of views.
     """
@@ -65,6 +67,14 @@ class RadialProjection(Part):
         positive("wd_ratio", group["wd_ratio"], zero=True)
         if group["projection"] not in MODES:
             raise unknown("projection", group["projection"], MODES)
+
+    def check_chain(self, parts: Sequence[Part]) -> None:
+        rules = [part for part in parts if isinstance(part, Momentum)]
+        if self.project_buffer and not any(rule.momentum and not rule.nesterov for rule in rules):
+            raise ValueError(
+                "project_buffer projects the buffer of Momentum without nesterov: leave it out "
+                "with other rules"
+            )
 
     def numbers(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
         below = {"auto": float(group["delta"]), "off": 0.0, "force": float("inf")}

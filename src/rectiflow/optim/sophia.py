@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rectiflow.errors import positive
+from rectiflow.errors import positive, unknown
 from rectiflow.optim.buckets import working_dtype
 from rectiflow.optim.chained import ChainedOptimizer, Params
-from rectiflow.optim.curvature import hutchinson
+from rectiflow.optim.curvature import PROBES, hutchinson
 from rectiflow.optim.directions import check_betas
 from rectiflow.optim.parts import Direction, Stretch, approach
 from rectiflow.vectors.batchwise import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+EPS_MODES = ("max", "add")
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ class Sophia(Direction):
         gamma: how much curvature counts: larger, and fewer weights are clipped. 10 to 50 % of them
             unclipped (`win_rate`) is what the paper tunes it for.
         eps: least curvature.
+        eps_mode: "max" as above, or "add" for `max(gamma h, 0) + eps`, as the official code does.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: numbers out of range, an unknown mode.
 
     Source: arXiv 2305.14342, algorithm 3.
     """
@@ -43,7 +47,12 @@ class Sophia(Direction):
     betas: tuple[float, float] = (0.96, 0.99)
     gamma: float = 0.01
     eps: float = 1e-12
+    eps_mode: str = "max"
     slots = ("exp_avg", "hessian")
+
+    def __post_init__(self) -> None:
+        if self.eps_mode not in EPS_MODES:
+            raise unknown("eps mode", self.eps_mode, EPS_MODES)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -65,7 +74,11 @@ class Sophia(Direction):
         mean = stretch.state["exp_avg"]
         approach(mean, stretch.momentum_gradient, stretch.numbers["first"])
         curvature = stretch.state["hessian"] * stretch.numbers["gamma"]
-        stretch.direction = (mean / curvature.clamp_(min=stretch.numbers["eps"])).clamp_(-1, 1)
+        if self.eps_mode == "add":
+            curvature = curvature.clamp_(min=0) + stretch.numbers["eps"]
+        else:
+            curvature = curvature.clamp_(min=stretch.numbers["eps"])
+        stretch.direction = (mean / curvature).clamp_(-1, 1)
 
 
 class _SophiaOptimizer(ChainedOptimizer):
@@ -79,6 +92,7 @@ class _SophiaOptimizer(ChainedOptimizer):
         betas: tuple[float, float],
         gamma: float,
         eps: float,
+        eps_mode: str,
         weight_decay: float,
         interval: int,
         maximize: bool,
@@ -87,7 +101,7 @@ class _SophiaOptimizer(ChainedOptimizer):
         positive("interval", interval)
         super().__init__(
             params,
-            [Sophia(betas, gamma, eps)],
+            [Sophia(betas, gamma, eps, eps_mode)],
             lr=lr,
             weight_decay=weight_decay,
             maximize=maximize,
@@ -147,11 +161,17 @@ class SophiaG(_SophiaOptimizer):
     and flow matching. Call it when `due`, before `step`:
 
         if optimizer.due:
-            optimizer.refresh(lambda: sampled_cross_entropy(model(x)))
+            with statistics_kept(model):
+                optimizer.refresh(lambda: sampled_cross_entropy(model(x)))
+
+    `statistics_kept` gives running statistics (batch normalisation) back as they were.
 
     The learning rate is the largest change of a weight in a step: that of Lion times 3 to 5. Warm
     it up, since the first steps are sign steps. Re-tests find less than the paper: after equal
     tuning AdamW was as good at 125 M parameters.
+
+    With `empirical_fisher(logits, labels)` in the closure the labels are those of the data: cheaper
+    by a draw, and another matrix, so no longer Sophia.
 
     Args:
         params: weights or groups.
@@ -159,6 +179,7 @@ class SophiaG(_SophiaOptimizer):
         betas: decays of the gradient's and of the curvature's mean.
         gamma: see `Sophia`. The official code's `rho`, if its `bs` is the number of labels.
         eps: least curvature.
+        eps_mode: see `Sophia`.
         weight_decay: decoupled weight decay.
         interval: steps between refreshes.
         maximize: go up.
@@ -175,6 +196,7 @@ class SophiaG(_SophiaOptimizer):
         betas: tuple[float, float] = (0.96, 0.99),
         gamma: float = 0.05,
         eps: float = 1e-12,
+        eps_mode: str = "max",
         weight_decay: float = 0.2,
         interval: int = 10,
         maximize: bool = False,
@@ -186,6 +208,7 @@ class SophiaG(_SophiaOptimizer):
             betas=betas,
             gamma=gamma,
             eps=eps,
+            eps_mode=eps_mode,
             weight_decay=weight_decay,
             interval=interval,
             maximize=maximize,
@@ -229,9 +252,8 @@ class SophiaG(_SophiaOptimizer):
         grads = [None if grad is None else grad / draws for grad in total]
         if clip_norm is not None:
             here = [grad for grad in grads if grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(here)))
-            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
-            grads = [None if grad is None else grad * factor for grad in grads]
+            factor = (clip_norm / (torch.nn.utils.get_total_norm(here) + 1e-6)).clamp(max=1)
+            grads = [None if grad is None else grad * factor.to(grad) for grad in grads]
         self._average([None if grad is None else draws * grad.square() for grad in grads])
 
 
@@ -247,6 +269,7 @@ class SophiaH(_SophiaOptimizer):
         betas: decays of the gradient's and of the curvature's mean.
         gamma: see `Sophia`.
         eps: least curvature.
+        eps_mode: see `Sophia`.
         weight_decay: decoupled weight decay.
         interval: steps between refreshes.
         probe: "rademacher" or "normal" (the paper's).
@@ -265,6 +288,7 @@ class SophiaH(_SophiaOptimizer):
         betas: tuple[float, float] = (0.96, 0.99),
         gamma: float = 0.01,
         eps: float = 1e-12,
+        eps_mode: str = "max",
         weight_decay: float = 0.2,
         interval: int = 10,
         probe: str = "rademacher",
@@ -278,11 +302,15 @@ class SophiaH(_SophiaOptimizer):
             betas=betas,
             gamma=gamma,
             eps=eps,
+            eps_mode=eps_mode,
             weight_decay=weight_decay,
             interval=interval,
             maximize=maximize,
             compile=compile,
         )
+        if probe not in PROBES:
+            raise unknown("probe", probe, PROBES)
+        positive("samples", samples)
         self.probe, self.samples = probe, samples
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,7 +343,16 @@ class SophiaH(_SophiaOptimizer):
                 assert known is not None
                 known.add_(one)
         parts = _summed(total, len(closures))
-        self._average([known / parts for known in total if known is not None])
+        # What is maximised is the loss that is minimised, turned over.
+        signs = [
+            -1 if group["maximize"] else 1
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        self._average(
+            [sign * known / parts for sign, known in zip(signs, total) if known is not None]
+        )
 
 
 def _summed(values: Sequence[Tensor | None], count: int) -> int:

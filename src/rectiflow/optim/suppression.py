@@ -71,7 +71,7 @@ def suppress(
 
     Args:
         grad: the gradient of images.
-        c: the bound.
+        c: the bound; an infinite one leaves the gradient as it is.
         kind: "pixel" (`pixelwise_clip`), "value" (each number into [-c, c]), "global" (everything
             rescaled so that the largest number is c), "global-norm" (everything shortened to norm
             c), "soft" (`c g / (|g| + c)` for each number), "pixel-soft" (the same by a pixel's
@@ -102,7 +102,8 @@ def suppress(
         return clip_value(grad, c, start=0)
     if kind == "global-norm":
         return clip_norm(grad, c, start=0)
-    bound = torch.as_tensor(c, dtype=wide(grad).dtype, device=grad.device)
+    given = torch.as_tensor(c, dtype=wide(grad).dtype, device=grad.device)
+    bound = torch.where(given.isinf(), 1, given)
     full = wide(grad)
     if kind == "global":
         largest = full.abs().amax()
@@ -118,7 +119,7 @@ def suppress(
         if kind == "pixel-soft":
             size = pixel_norms(grad, channel_dim=channel_dim, norm=norm).unsqueeze(channel_dim)
         found = full * (bound / torch.where(size + bound > 0, size + bound, 1))
-    return found.to(grad.dtype)
+    return torch.where(given.isinf(), full, found).to(grad.dtype)
 
 
 def pixel_norms(

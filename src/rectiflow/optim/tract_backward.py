@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rectiflow.optim.tract import TrActSettings, solved, tract_gradient
 from rectiflow.optim.tract_windows import Windows
@@ -47,6 +46,25 @@ def _mean(gram: Tensor, count: int, settings: TrActSettings) -> Tensor:
     return packed[:-1].view_as(gram) / packed[-1].clamp(min=1)
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which depend on the weight but cannot be differentiated."""
+
+    @staticmethod
+    def forward(upstream: Tensor, found: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return upstream.view_as(upstream), found.view_as(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "a gradient of TrAct has no derivative: make the layer plain with remove_tract, or "
+            "for a while with plain_gradients, to look at second derivatives"
+        )
+
+
 class _Rectified(torch.autograd.Function):
     """A layer's outputs as they are; backward, its weight gets the rectified gradient."""
 
@@ -61,16 +79,18 @@ class _Rectified(torch.autograd.Function):
         z, weight, x, ctx.windows, ctx.settings = inputs
         # The same tensor, not a view of it: activations may work in place on what comes out.
         ctx.mark_dirty(z)
-        ctx.save_for_backward(x)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            found = _layer_gradient(x, upstream, ctx.shape, ctx.windows, ctx.settings)
-        return upstream, found.to(ctx.dtype), None, None, None
+        x, weight = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            found = _layer_gradient(x, upstream, weight.shape, ctx.windows, ctx.settings)
+        found = found.to(weight.dtype)
+        if torch.is_grad_enabled():
+            # Without the weight in it, the graph of this gradient would end here in silence.
+            upstream, found = _Once.apply(upstream, found, weight)
+        return upstream, found, None, None, None
 
 
 def rectified(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +23,21 @@ if TYPE_CHECKING:
 class _TrActLayer(nn.Module):
     """What the layers share: the settings, and a forward pass that goes around the weight."""
 
-    tract: TrActSettings
+    tract: TrActSettings | None
 
     def _around(self, x: Tensor, weight: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """The plain layer; where it is trained, with the rectified gradient for its weight."""
-        if not (torch.is_grad_enabled() and weight.requires_grad):
+        settings = self.tract
+        if settings is None or not (torch.is_grad_enabled() and weight.requires_grad):
             return plain(weight)
-        return rectified(plain(weight.detach()), weight, x, self._windows(), self.tract)
+        return rectified(plain(weight.detach()), weight, x, self._windows(), settings)
 
     def _windows(self) -> Windows:
         return Windows()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, lam={self.tract.lam:g}"
+        plain = super().extra_repr()
+        return plain if self.tract is None else f"{plain}, lam={self.tract.lam:g}"
 
 
 class TrActLinear(_TrActLayer, nn.Linear):
@@ -248,3 +251,30 @@ def remove_tract(model: nn.Module) -> nn.Module:
         del module.tract
         module.__class__ = PLAIN[type(module)]
     return model
+
+
+@contextmanager
+def plain_gradients(model: nn.Module) -> Iterator[None]:
+    """Let all TrAct layers of a model have the gradient of plain ones inside a block.
+
+    For second derivatives, which the rectified gradient does not have. Parametrised layers too.
+
+    Args:
+        model: the model, or the layer itself.
+
+    Example:
+        >>> layer, x = TrActLinear(2, 1, bias=False), torch.eye(2)
+        >>> with plain_gradients(layer):
+        ...     layer(x).sum().backward()
+        >>> layer.weight.grad
+        tensor([[1., 1.]])
+    """
+    layers = [module for module in model.modules() if isinstance(module, _TrActLayer)]
+    kept = [layer.tract for layer in layers]
+    for layer in layers:
+        layer.tract = None
+    try:
+        yield
+    finally:
+        for layer, settings in zip(layers, kept):
+            layer.tract = settings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import positive
-from rectiflow.optim.parts import Part, Stretch, Whole, replace_gradient
+from rectiflow.optim.parts import Part, Stretch, Whole, change_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,8 @@ class ClipNorm(Part):
         return [{"norm_factor": factor} for _ in groups]
 
     def apply(self, stretch: Stretch) -> None:
-        replace_gradient(
-            stretch, stretch.gradient * stretch.numbers["norm_factor"].to(stretch.gradient)
-        )
+        factor = stretch.numbers["norm_factor"].to(stretch.gradient)
+        change_gradient(stretch, lambda gradient: gradient * factor)
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,14 @@ class CentreGradients(Part):
     whole = True
 
     def apply(self, whole: Whole) -> None:
-        centred = whole.gradient.clone()
-        for index in whole.indices:
-            view, (start, stop) = whole.bucket.views[index], whole.span(index)
-            if view.ndim > 1 and stop > start:
-                # Rows of the first dimension lie in one piece each.
-                rows = centred[start:stop].view(view.shape[0], -1)
-                rows.sub_(rows.mean(1, keepdim=True))
-        replace_gradient(whole, centred)
+        def centred(gradient: Tensor) -> Tensor:
+            made = gradient.clone()
+            for index in whole.indices:
+                view, (start, stop) = whole.bucket.views[index], whole.span(index)
+                if view.ndim > 1 and stop > start:
+                    # Rows of the first dimension lie in one piece each.
+                    rows = made[start:stop].view(view.shape[0], -1)
+                    rows.sub_(rows.mean(1, keepdim=True))
+            return made
+
+        change_gradient(whole, centred)

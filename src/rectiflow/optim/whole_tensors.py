@@ -32,6 +32,43 @@ def step_whole(
         flats: their gradients, 1-D, by number.
         numbers: the settings of the step; parts may change them.
     """
+    whole, places = _laid(bucket, indices, flats, numbers)
+    _apply(parts, whole, places)
+    for place in places:
+        move(whole.cut(place), bucket.flat[whole.begin :][place])
+
+
+def rectified_gradients(
+    parts: Sequence[Part],
+    bucket: Bucket,
+    indices: Sequence[int],
+    flats: dict[int, Tensor],
+    numbers: dict[str, Any],
+) -> list[Tensor]:
+    """The gradients of some weights as rectifiers leave them, while weights and state stay.
+
+    Args:
+        parts: the rectifiers; otherwise as `step_whole`.
+
+    Returns:
+        a tensor a weight, shaped like it.
+    """
+    whole, places = _laid(bucket, indices, flats, numbers)
+    for part in parts:
+        for name in part.slots:
+            whole.state[name] = whole.state[name].clone()
+    _apply(parts, whole, places)
+    found = []
+    for index in indices:
+        view, (start, stop) = bucket.views[index], whole.span(index)
+        found.append(whole.gradient[start:stop].as_strided(view.shape, view.stride()))
+    return found
+
+
+def _laid(
+    bucket: Bucket, indices: Sequence[int], flats: dict[int, Tensor], numbers: dict[str, Any]
+) -> tuple[Whole, list[slice]]:
+    """Some weights with all that belongs to them, and where their blocks are."""
     spans = [bucket.spans[index] for index in indices]
     begin, end = spans[0][0], spans[-1][1]
     if len(indices) == 1:
@@ -50,13 +87,15 @@ def step_whole(
         for start, stop in _runs(spans)
         for at in range(start, stop, buckets.BLOCK)
     ]
+    return whole, places
+
+
+def _apply(parts: Sequence[Part], whole: Whole, places: Sequence[slice]) -> None:
     for part in parts:
         if part.whole:
             part.apply(whole)
         else:
             _over_blocks(part, whole, places)
-    for place in places:
-        move(whole.cut(place), target[place])
 
 
 def _runs(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
