@@ -139,7 +139,9 @@ def check_pairs(
         raise ValueError(f"two pairs or more can be checked, got {source.shape[0]}")
     device, grid = device_of(model), time_grid(steps)
     teacher = field if field is not None else model
-    starts, backs, finer = [], [], []
+    starts: list[Tensor] = []
+    backs: list[Tensor] = []
+    finer: list[Tensor] = []
     with evaluating(model):
         for begin in range(0, source.shape[0], batch_size):
             part = slice(begin, min(begin + batch_size, source.shape[0]))
