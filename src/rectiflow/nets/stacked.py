@@ -126,16 +126,16 @@ class Stacked(Net):
 
     def null_condition(self, **condition: Any) -> dict[str, Any]:
         """The null condition of the first network."""
-        if hasattr(self.first, "null_condition"):
-            return self.first.null_condition(**condition)
-        return super().null_condition(**condition)
+        if getattr(type(self.first), "null_condition", Net.null_condition) is Net.null_condition:
+            return super().null_condition(**condition)
+        return self.first.null_condition(**condition)
 
     def check(self, x: Float[Tensor, "batch *dims"], **condition: Any) -> None:
         """Raise ValueError unless the networks can be called with `x` and this condition."""
         if getattr(type(self.first), "check", Net.check) is Net.check:
             super().check(x, **condition)
         else:
-            self.first.check(x, **condition)  # such as those that take text
+            self.first.check(x, **condition)
 
 
 def _description(net: str | Mapping[str, Any]) -> dict[str, Any]:
