@@ -355,7 +355,8 @@ def _report(settings: Any, teacher: Any, model: Any, coupling: Any, folder: Path
         generator=torch.Generator(device),
     )
     with plain_warnings():
-        found = straightened(teacher, model.to(device), coupling.draw(draw), folder)
+        pairs, size = coupling.draw(draw), settings.micro
+        found = straightened(teacher, model.to(device), pairs, folder, batch_size=size)
     print(f"straightening: {found.sentence}")
 
 
