@@ -84,6 +84,14 @@ def test_the_rest_stays_and_the_region_changes():
     torch.testing.assert_close(found[..., ~kept], free[..., ~kept], rtol=0, atol=0)
 
 
+def test_source_steps_by_default_are_half_of_few_steps():
+    same = [edited(steps=9, source_steps=n) for n in (None, 4)]
+    assert torch.equal(*same)
+    same = [edited(steps=30, source_steps=n) for n in (None, 10)]
+    assert torch.equal(*same)
+    assert edited(steps=2, source_steps=None).isfinite().all()
+
+
 def test_source_steps_pull_the_region_too():
     field = FlowModel(Still(), shape=IMAGE)
     away = [
@@ -129,7 +137,10 @@ def test_cells_of_latents_are_kept_only_as_a_whole():
         ({"estimate": "source", "source": None}, "needs source="),
         ({"scale": -1.0, "source": NULL}, "scale must be >= 0"),
         ({"noise": torch.zeros(2, 1, 8, 8)}, "bring it to the model's size"),
-        ({"steps": 10}, "source_steps must be below 9, the number of steps that end before time 1"),
+        (
+            {"steps": 10, "source_steps": 9},
+            "source_steps must be below 9, the number of steps that end before time 1",
+        ),
         ({"steps": [0.0, 0.5, 1.0], "source_steps": 1}, "got 1: the mask would never be used"),
     ],
 )

@@ -45,8 +45,9 @@ class Settings(InversionOptions):
     mask: Path | None = None
     """Picture of the image's size, white where the image is kept: the rest is made anew from noise,
     without inversion."""
-    source_steps: int = 10
-    """With --mask: first steps, in which all of the picture is pulled to the image."""
+    source_steps: int | None = None
+    """Steps of --mask in which the whole picture is pulled to the image; by default 10, but at most
+    half of those that are steered."""
     step_size: float = 0.05
     """With --mask: step of the pull, see rectiflow inverse."""
     seed: int = 0
@@ -67,7 +68,8 @@ class Settings(InversionOptions):
         self.check_inversion()
         positive("guidance", self.guidance, zero=True)
         positive("step_size", self.step_size)
-        positive("source_steps", self.source_steps, zero=True)
+        if self.source_steps is not None:
+            positive("source_steps", self.source_steps, zero=True)
         if masked and self.guidance < 1:
             raise ValueError(f"guidance must be >= 1 with --mask, got {self.guidance}")
         if math.isinf(self.guidance):

@@ -87,7 +87,7 @@ def edit_region(
     condition: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
     scale: float = 1.0,
-    source_steps: int = 10,
+    source_steps: int | None = None,
     steps: int | Sequence[float] = 50,
     solver: Any = "euler",
     step_size: float = 0.1,
@@ -110,7 +110,8 @@ def edit_region(
         source: what guidance goes away from inside the region; no guidance without it.
         scale: its strength.
         source_steps: steps in which everything is pulled to the reference; fewer than are steered
-            at all, which are those that end before time 1.
+            at all, which are those that end before time 1. By default 10, but at most half of
+            these.
         steps: number of steps or grid of times.
         solver: see `integrate`.
         step_size: see `FlowChef`.
@@ -146,6 +147,8 @@ def edit_region(
         extent = "nothing" if float(keep.max()) == 0 else "everything"
         raise ValueError(f"the mask keeps {extent}: mark what to keep with 1 and the rest with 0")
     steered = sum(time < 1 for time in time_grid(steps)[1:])
+    if source_steps is None:
+        source_steps = min(10, steered // 2)
     if source_steps >= max(steered, 1):
         raise ValueError(
             f"source_steps must be below {steered}, the number of steps that end before time 1, "
