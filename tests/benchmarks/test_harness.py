@@ -116,7 +116,7 @@ def test_median_errors_are_those_of_normal_noise(harness: ModuleType) -> None:
 
 
 def test_peaks_are_those_of_the_child(harness: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "beside.py").write_text("def hold(mib): return bytearray(mib << 20)\n")
+    (tmp_path / "beside.py").write_text("def hold(mib): return b'x' * (mib << 20)\n")
     script = tmp_path / "script.py"
     script.write_text("import sys\nfrom beside import hold\nhold(int(sys.argv[1]))\n")
     few, many = (harness.peak_mib(str(script), mib) for mib in ("1", "65"))
