@@ -31,6 +31,10 @@ class RunExistsError(FileExistsError):
     """An output folder already holds a run."""
 
 
+class BeyondDistilledStepsWarning(UserWarning):
+    """A distilled model takes more steps than it was made for."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed."""
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from rectiflow.errors import BeyondDistilledStepsWarning
 from rectiflow.flows import EDMPath, FlowModel, integrate, sample
 from rectiflow.flows.sampling import device_of, draw_source
 
@@ -73,3 +74,17 @@ def test_misuse_is_refused():
         sample(model(), 0)
     with pytest.raises(ValueError, match="does not know its sample shape"):
         sample(FlowModel(lambda x, t: x), 2)
+
+
+@pytest.mark.parametrize("times", [3, [0.0, 0.3, 0.6, 1.0]])
+def test_more_steps_than_a_model_was_made_for_are_warned_of(times):
+    made = model(sampling={"solver": "euler", "steps": 2, "made_for": 2})
+    with pytest.warns(BeyondDistilledStepsWarning, match="distilled to 2 steps .* with 3"):
+        sample(made, 1, steps=times)
+
+
+def test_as_many_steps_as_a_model_was_made_for_are_not(recwarn):
+    made = model(sampling={"solver": "euler", "steps": 2, "made_for": 2})
+    for steps in (None, 1, 2):
+        sample(made, 1, steps=steps)
+    assert not recwarn

@@ -12,7 +12,9 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.judging import JudgeOptions
+from rectiflow.cli.options import plain_warnings
 from rectiflow.cli.settings import parse
+from rectiflow.errors import BeyondDistilledStepsWarning
 
 if TYPE_CHECKING:
     from rectiflow.cli.models import Opened
@@ -40,6 +42,14 @@ class Settings(JudgeOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="compare", summary=COMMANDS["compare"].summary)
+    # Every model is scored at every number of steps, on purpose.
+    with plain_warnings(BeyondDistilledStepsWarning):
+        _compare(settings)
+    return 0
+
+
+def _compare(settings: Settings) -> None:
+    """Open the models, score them, write the page."""
     from rectiflow.distill.comparison_page import compare, write
     from rectiflow.training.comparison import check_comparable, read_models
     from rectiflow.training.runs import Run, new_folder
@@ -62,4 +72,3 @@ def main(words: Sequence[str]) -> int:
         found = compare(entries, evaluator, sorted(set(settings.steps)))
         write(found, entries, evaluator, run)
         print(f"report: {run.path('report.html')}, numbers: {run.path('compare.json')}")
-    return 0

@@ -10,7 +10,7 @@ from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.options import DataOptions, OutputOptions, plain_warnings
 from rectiflow.cli.presets import chain_settings
 from rectiflow.cli.settings import parse
-from rectiflow.errors import positive, unknown
+from rectiflow.errors import BeyondDistilledStepsWarning, positive, unknown
 
 if TYPE_CHECKING:
     from rectiflow.distill.chain import ChainSettings
@@ -39,7 +39,8 @@ class Settings(OutputOptions, DataOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="demo", summary=COMMANDS["demo"].summary)
-    with plain_warnings():
+    # Every model is scored at every number of steps, on purpose.
+    with plain_warnings(BeyondDistilledStepsWarning):
         train, test = settings.load(), settings.load("test")
         chain = replace(chain_settings(train.shape, settings.preset), seed=settings.seed)
         with settings.open("demo", train.slug) as run:

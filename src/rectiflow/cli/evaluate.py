@@ -10,7 +10,7 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.judging import JudgeOptions
-from rectiflow.cli.options import check_guidance, counting, guided_by
+from rectiflow.cli.options import check_guidance, counting, guided_by, plain_warnings
 from rectiflow.cli.settings import parse
 
 
@@ -41,6 +41,13 @@ def main(words: Sequence[str]) -> int:
     settings = parse(Settings, words, command="evaluate", summary=COMMANDS["evaluate"].summary)
     if settings.out is not None and settings.out.exists() and not settings.overwrite:
         raise FileExistsError(f"{settings.out} exists: choose another --out or pass --overwrite")
+    with plain_warnings():
+        _evaluate(settings)
+    return 0
+
+
+def _evaluate(settings: Settings) -> None:
+    """Score the model, print the table, write it to --out."""
     from rectiflow.files import write_json
     from rectiflow.flows.metrics import straightness, transport_cost
     from rectiflow.flows.sampling import sample
@@ -94,4 +101,3 @@ def main(words: Sequence[str]) -> int:
             },
         )
         print(f"scores: {settings.out}")
-    return 0

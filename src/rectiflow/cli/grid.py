@@ -12,7 +12,7 @@ import tyro
 
 from rectiflow.cli.commands import COMMANDS
 from rectiflow.cli.judging import JudgeOptions
-from rectiflow.cli.options import counting
+from rectiflow.cli.options import counting, plain_warnings
 from rectiflow.cli.settings import parse
 from rectiflow.errors import positive
 
@@ -51,6 +51,13 @@ class Settings(JudgeOptions):
 def main(words: Sequence[str]) -> int:
     """Run the command."""
     settings = parse(Settings, words, command="grid", summary=COMMANDS["grid"].summary)
+    with plain_warnings():
+        _grid(settings)
+    return 0
+
+
+def _grid(settings: Settings) -> None:
+    """Fit the times, score them, save the model with them."""
     from rectiflow.training.runs import Run, new_folder
 
     opened = settings.open(settings.model)
@@ -75,7 +82,6 @@ def main(words: Sequence[str]) -> int:
         model.save_pretrained(run.path("model"), overwrite=True)
         print(f"times for {settings.steps} steps: " + " ".join(f"{t:.3f}" for t in times))
         print(f"model: {run.path('model')}")
-    return 0
 
 
 def fit(opened: Opened, settings: Settings, evaluator: Evaluator | None, run: Run) -> list[float]:

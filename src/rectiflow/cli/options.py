@@ -211,14 +211,16 @@ def choose_device(name: str) -> Any:
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Show warnings as one line, without the source line they came from."""
+def plain_warnings(*expected: type[Warning]) -> Iterator[None]:
+    """Show warnings as one line, without the source line they came from, but the expected ones."""
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
+        for kind in expected:
+            warnings.simplefilter("ignore", kind)
         warnings.showwarning = show
         yield
 

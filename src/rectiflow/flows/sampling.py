@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rectiflow.errors import BeyondDistilledStepsWarning
 from rectiflow.flows.fields import FlowModel, device_of, evaluating
 from rectiflow.flows.integration import Corrector, integrate
 
@@ -121,6 +122,7 @@ def _warn_beyond(model: FlowModel, times: int | Sequence[float]) -> None:
         warnings.warn(
             f"this model was distilled to {most} step{'s' if most > 1 else ''} and is sampled with "
             f"{steps}: its field was never trained at the times between, expect worse samples",
+            BeyondDistilledStepsWarning,
             # Past this function, the sampler and its gradient switch.
             stacklevel=4,
         )
