@@ -290,19 +290,19 @@ def test_blocks_cover_every_weight_once() -> None:
     sizes = [5, 0, BLOCK // 2 - 1, BLOCK // 2, 3 * BLOCK + 7, 1, 2, BLOCK]
     bucket = Bucket([nn.Parameter(torch.zeros(size)) for size in sizes])
     seen = torch.zeros(sum(sizes), dtype=torch.int64)
-    flats = {i: torch.full((size,), float(i)) for i, size in enumerate(sizes)}
+    tensors = [torch.full((size,), float(i)) for i, size in enumerate(sizes)]
     for block in bucket.blocks(range(len(sizes))):
         seen[block.start : block.stop] += 1
         assert block.stop - block.start <= BLOCK
-        piece = bucket.piece(flats, block)
+        piece = bucket.piece(tensors, block)
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         assert torch.equal(piece, owners[block.start : block.stop].float())
     assert (seen == 1).all()
 
 
-def test_units_are_neighbours_cut_when_they_fill_a_block() -> None:
-    sizes = [5, BLOCK // 2, BLOCK, 1, 2 * BLOCK, 3, 4, 7]
+def test_units_are_neighbours_that_fit_a_block_and_large_weights_alone() -> None:
+    sizes = [5, BLOCK // 2, BLOCK, 1, 2 * BLOCK, 3, 4, BLOCK - 7, 1]
     bucket = Bucket([nn.Parameter(torch.zeros(size)) for size in sizes])
-    assert bucket.units(range(8)) == [[0, 1, 2], [3, 4], [5, 6, 7]]
+    assert bucket.units(range(9)) == [[0, 1], [2], [3], [4], [5, 6, 7], [8]]
     # What has no gradient cuts, too.
     assert bucket.units([0, 2, 3, 7]) == [[0], [2], [3], [7]]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rectiflow.optim import SGDP, AdamP, Momentum, RadialProjection, chain
+from rectiflow.optim.buckets import BLOCK
 
 
 def draw(*shape, seed=0) -> torch.Tensor:
@@ -143,6 +144,20 @@ def test_weights_of_several_blocks_step_as_each_alone(kind, monkeypatch) -> None
         one.step()
     for p, q in zip(together, alone):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("length", [3, 2 * BLOCK + 1], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_and_memories_are_not_projected(momentum, length) -> None:
+    p = nn.Parameter(draw(2, length))
+    grad = draw(2, length, seed=1) + p.detach()
+    rule = Momentum(momentum=momentum)
+    optimizer = chain(rule, RadialProjection())([p], lr=1.0, projection="force")
+    change = step(optimizer, p, grad.clone())
+    torch.testing.assert_close(change, -orthogonal(grad, p.detach() - change, rows=True))
+    assert torch.equal(p.grad, grad)
+    if momentum:
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], grad)
 
 
 def test_transposed_weights_are_taken_by_their_channels() -> None:

@@ -13,13 +13,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._utils import _flatten_dense_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Elements of a block: few enough that it stays in the caches of a core, with its temporaries, and
 # enough that calls cost little beside the arithmetic.
-BLOCK = 65_536
+BLOCK = 131_072
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +77,7 @@ class Bucket:
             view.copy_(p.detach())
             if not self.loose:
                 p.data = view
+        self.in_order = [view.is_contiguous() for view in self.views]
         self.pointers = [p.data_ptr() for p in self.params]
         self.state: dict[str, Tensor] = {}
         self.steps = torch.zeros(len(self.params), dtype=torch.float32)
@@ -112,11 +114,24 @@ class Bucket:
 
     def runs(self, present: Sequence[bool]) -> Iterator[tuple[int, list[int]]]:
         """Weights with a gradient, by the steps they have taken: the count and their numbers."""
+        if all(present) and self.counts.count(self.counts[0]) == len(self.counts):
+            yield self.counts[0], list(range(len(self.counts)))
+            return
         by_count: dict[int, list[int]] = {}
         for index, (here, count) in enumerate(zip(present, self.counts)):
             if here:
                 by_count.setdefault(count, []).append(index)
         yield from by_count.items()
+
+    def count(self, indices: Sequence[int], steps: int) -> None:
+        """Keep how many steps the weights of these numbers have taken."""
+        if len(indices) == len(self.counts):
+            self.counts = [steps] * len(self.counts)
+            self.steps.fill_(steps)
+            return
+        for index in indices:
+            self.counts[index] = steps
+        self.steps[list(indices)] = float(steps)
 
     def blocks(self, indices: Sequence[int]) -> list[Block]:
         """The blocks that hold the weights of these numbers."""
@@ -130,7 +145,7 @@ class Bucket:
         return self._blocks[key]
 
     def units(self, indices: Sequence[int]) -> list[list[int]]:
-        """These weights as runs of neighbours, each cut as soon as it fills a block."""
+        """Large weights alone, the others as runs of neighbours that fit a block."""
         key = tuple(indices)
         if key not in self._units:
             if len(self._units) > 8:
@@ -138,11 +153,11 @@ class Bucket:
             found: list[list[int]] = []
             held = BLOCK
             for index in key:
-                if held >= BLOCK or found[-1][-1] != index - 1:
-                    found.append([])
-                    held = 0
-                found[-1].append(index)
                 held += self.sizes[index]
+                if held > BLOCK or found[-1][-1] != index - 1:
+                    found.append([])
+                    held = self.sizes[index]
+                found[-1].append(index)
             self._units[key] = found
         return self._units[key]
 
@@ -154,18 +169,23 @@ class Bucket:
             self._cuts[block] = self.flat[place], state
         return self._cuts[block]
 
-    def piece(self, flats: dict[int, Tensor], block: Block) -> Tensor:
-        """The part of flat tensors, by number, that lies in a block."""
+    def piece(self, tensors: Sequence[Tensor], block: Block) -> Tensor:
+        """The part that lies in a block of tensors shaped like the weights, flat."""
         if block.first == block.last:
             length = block.stop - block.start
-            return flats[block.first][block.offset : block.offset + length]
-        return torch.cat([flats[index] for index in range(block.first, block.last + 1)])
+            flat = self.flatten(block.first, tensors[block.first])
+            return flat[block.offset : block.offset + length]
+        first, after = block.first, block.last + 1
+        if all(self.in_order[first:after]):
+            # One call; tensors that are not contiguous are copied to be.
+            return _flatten_dense_tensors(tensors[first:after])
+        return torch.cat([self.flatten(index, tensors[index]) for index in range(first, after)])
 
     def flatten(self, index: int, tensor: Tensor) -> Tensor:
         """A tensor shaped like a weight as 1-D, in the order in which the weight is laid."""
-        view = self.views[index]
-        if tensor.is_contiguous() and view.is_contiguous():
+        if self.in_order[index] and tensor.is_contiguous():
             return tensor.view(-1)
+        view = self.views[index]
         if tensor.stride() != view.stride() or not _dense(tensor):
             tensor = torch.empty_strided(
                 view.shape, view.stride(), dtype=tensor.dtype, device=tensor.device

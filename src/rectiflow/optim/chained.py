@@ -135,7 +135,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         work = []
         for number, group in enumerate(self.param_groups):
-            grads = [_gradient(self, p) for p in group["params"]]
+            grads = _gradients(self, group["params"])
             if any(grad is not None for grad in grads):
                 work.append((number, group, grads))
         surveyed = self._survey(work)
@@ -172,13 +172,12 @@ class ChainedOptimizer(torch.optim.Optimizer):
         joint = any(part.whole and part.joint for part in parts)
         made = []
         for (number, group, grads), known in zip(work, found):
-            by_param = dict(zip(map(id, group["params"]), grads))
             rows: list[Tensor] = []
             for bucket in self._buckets_of(number, group):
-                own = [by_param[id(p)] for p in bucket.params]
+                own = _of_bucket(bucket, group, grads)
                 bucket.gather()
                 for count, indices in bucket.runs([grad is not None for grad in own]):
-                    flats = {index: bucket.flatten(index, own[index]) for index in indices}
+                    flats = _flattened(bucket, indices, own)
                     numbers = {**self._numbers(group, count + 1), **known}
                     for unit in [indices] if joint else bucket.units(indices):
                         rows += rectified_gradients(parts, bucket, unit, flats, dict(numbers))
@@ -188,21 +187,15 @@ class ChainedOptimizer(torch.optim.Optimizer):
     def _step_group(
         self, number: int, group: dict[str, Any], grads: list[Any], found: dict[str, Any]
     ) -> None:
-        by_param = dict(zip(map(id, group["params"]), grads))
         for bucket in self._buckets_of(number, group):
-            own = [by_param[id(p)] for p in bucket.params]
+            own = _of_bucket(bucket, group, grads)
             bucket.gather()
             moved: list[int] = []
             for count, indices in bucket.runs([grad is not None for grad in own]):
                 numbers = {**self._numbers(group, count + 1), **found}
                 self._advance(bucket, indices, own, numbers)
                 moved += indices
-                for index in indices:
-                    bucket.counts[index] = count + 1
-            if len(moved) == len(own):
-                bucket.steps += 1
-            else:
-                bucket.steps[moved] += 1
+                bucket.count(indices, count + 1)
             bucket.scatter(moved)
             increment_version([bucket.params[index] for index in moved])
 
@@ -213,9 +206,10 @@ class ChainedOptimizer(torch.optim.Optimizer):
         numbers: dict[str, Any] = {
             "lr": lr,
             "up": bool(group["maximize"]),
-            "coupled": 0.0 if self.decoupled else decay,
             "decay": lr * decay if self.decoupled else 0.0,
         }
+        if decay and not self.decoupled:
+            numbers["coupled"] = decay
         for part in self.parts:
             numbers.update(part.numbers(group, step))
         return numbers
@@ -224,17 +218,17 @@ class ChainedOptimizer(torch.optim.Optimizer):
         self, bucket: Bucket, indices: list[int], grads: list[Any], numbers: dict[str, Any]
     ) -> None:
         """One step of the weights of these numbers."""
-        flats = {index: bucket.flatten(index, grads[index]) for index in indices}
         if any(part.whole for part in self.parts):
             joint = any(part.whole and part.joint for part in self.parts)
+            flats = _flattened(bucket, indices, grads)
             for unit in [indices] if joint else bucket.units(indices):
                 step_whole(self.parts, bucket, unit, flats, dict(numbers))
         elif self.compile and len(indices) == len(bucket.params):
-            self._run_compiled(bucket, flats, numbers)
+            self._run_compiled(bucket, _flattened(bucket, indices, grads), numbers)
         else:
             for block in bucket.blocks(indices):
                 target, state = bucket.cut(block)
-                piece = bucket.piece(flats, block).to(bucket.dtype)
+                piece = bucket.piece(grads, block).to(bucket.dtype)
                 stretch = Stretch.of(target.to(bucket.dtype), piece, state, numbers)
                 for part in self.parts:
                     part.apply(stretch)
@@ -368,8 +362,9 @@ class _CoupledDecay(Part):
     on = "gradient"
 
     def apply(self, stretch: Stretch) -> None:
-        added = stretch.param * stretch.numbers["coupled"]
-        change_gradient(stretch, lambda gradient: gradient + added)
+        if "coupled" in stretch.numbers:
+            added = stretch.param * stretch.numbers["coupled"]
+            change_gradient(stretch, lambda gradient: gradient + added)
 
 
 def _ordered(parts: Sequence[Part], *, decoupled: bool) -> tuple[Part, ...]:
@@ -397,12 +392,26 @@ def _check_parts(parts: Sequence[Part], *, compile: bool) -> None:
         part.check_chain(parts)
 
 
-def _gradient(optimizer: Any, p: Tensor) -> Tensor | None:
-    """The gradient of a weight, of a kind that can be used."""
-    grad = p.grad
-    if grad is not None and grad.layout is not torch.strided:
+def _gradients(optimizer: Any, params: Sequence[Any]) -> list[Tensor | None]:
+    """The gradients of weights, of a kind that can be used."""
+    grads = [p.grad for p in params]
+    layouts = {grad.layout for grad in grads if grad is not None}
+    if layouts - {torch.strided}:
         raise RuntimeError(
             f"{type(optimizer).__name__} takes dense gradients, got a sparse one: make the "
             "embedding with sparse=False"
         )
-    return grad
+    return grads
+
+
+def _of_bucket(bucket: Bucket, group: dict[str, Any], grads: list[Any]) -> list[Any]:
+    """Those of a group's gradients that belong to the weights of a bucket."""
+    if len(bucket.params) == len(grads):
+        return grads
+    by_param = dict(zip(map(id, group["params"]), grads))
+    return [by_param[id(p)] for p in bucket.params]
+
+
+def _flattened(bucket: Bucket, indices: Sequence[int], grads: Sequence[Any]) -> dict[int, Tensor]:
+    """Gradients as 1-D tensors, by the numbers of their weights."""
+    return {index: bucket.flatten(index, grads[index]) for index in indices}

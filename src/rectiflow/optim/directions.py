@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from rectiflow.errors import positive, unknown
-from rectiflow.optim.parts import Direction, Stretch, approach
+from rectiflow.optim.parts import (
+    Direction,
+    Stretch,
+    add_scaled,
+    approach,
+    approach_square,
+    scale_and_shift,
+    square_root,
+)
 
 
 def check_betas(betas: Any) -> None:
@@ -79,7 +87,7 @@ class Momentum(Direction):
             stretch.direction = stretch.momentum_gradient
             return
         number, memory = stretch.numbers, stretch.state["momentum_buffer"]
-        memory.mul_(number["kept"]).add_(stretch.momentum_gradient * number["taken"])
+        add_scaled(memory.mul_(number["kept"]), stretch.momentum_gradient, number["taken"])
         stretch.direction = memory
         if self.nesterov:
             stretch.direction = stretch.momentum_gradient + memory * number["ahead"]
@@ -148,13 +156,13 @@ class Adam(Direction):
         number, state = stretch.numbers, stretch.state
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         approach(mean, stretch.momentum_gradient, number["first"])
-        approach(square, stretch.gradient.square(), number["second"])
+        approach_square(square, stretch.gradient, number["second"])
         if self.amsgrad:
             square = torch.maximum(state["max_exp_avg_sq"], square, out=state["max_exp_avg_sq"])
         travel = mean
         if self.nesterov:
             travel = mean + (stretch.momentum_gradient - mean) * number["first"]
-        scale = square.sqrt().mul_(number["root_scale"]).add_(number["root_offset"])
+        scale = scale_and_shift(square_root(square), number["root_scale"], number["root_offset"])
         if self.rectify:
             stretch.direction = travel * (number["plain"] + number["adaptive"] / scale)
         else:
@@ -209,7 +217,9 @@ class Adagrad(Direction):
     def apply(self, stretch: Stretch) -> None:
         total = stretch.state["sum"]
         total.add_(stretch.gradient.square() + stretch.numbers["begin"])
-        stretch.direction = stretch.momentum_gradient / total.sqrt().add_(stretch.numbers["eps"])
+        stretch.direction = stretch.momentum_gradient / square_root(total).add_(
+            stretch.numbers["eps"]
+        )
 
 
 @dataclass(frozen=True)

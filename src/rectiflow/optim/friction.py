@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rectiflow.errors import unknown
-from rectiflow.optim.parts import Part, Stretch
+from rectiflow.optim.parts import Part, Stretch, square_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,16 +98,16 @@ class Friction(Part):
 
     def apply(self, stretch: Stretch) -> None:
         before, now = stretch.state["previous_grad"], stretch.gradient
-        change = before - now
-        before.copy_(now)
+        change = before.sub_(now)
         if self.relative:
-            spread = stretch.state["exp_avg_sq"].sqrt().div_(stretch.numbers["change_root"])
+            spread = square_root(stretch.state["exp_avg_sq"]).div_(stretch.numbers["change_root"])
             change.div_(spread.add_(stretch.numbers["eps"]))
-        # In place from here on: a new block of memory costs as much as the arithmetic.
-        weight = SHAPES[self.shape](change)
+        # In place: a new block of memory costs as much as the arithmetic.
+        change = SHAPES[self.shape](change)
         if self.slope != 1:
-            weight.mul_(self.slope)
-        weight.sigmoid_()
+            change.mul_(self.slope)
+        weight = change.sigmoid()
+        before.copy_(now)
         if self.scale != 1 or self.offset:
             weight.mul_(self.scale).add_(self.offset)
         stretch.direction = weight.mul_(stretch.direction)

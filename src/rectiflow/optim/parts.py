@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -151,6 +153,41 @@ def approach(buffer: Tensor, goal: Tensor, share: Any) -> None:
         buffer.lerp_(goal, share)
     else:
         buffer.add_((goal - buffer) * share)
+
+
+def approach_square(buffer: Tensor, goal: Tensor, share: Any) -> None:
+    """Move a buffer in place toward the squares of a goal, as `approach` does."""
+    if isinstance(share, float):
+        buffer.mul_(1 - share).addcmul_(goal, goal, value=share)
+    else:
+        approach(buffer, goal.square(), share)
+
+
+def add_scaled(buffer: Tensor, added: Tensor, factor: Any) -> None:
+    """`buffer + factor added` in place, for a number or a tensor of one element."""
+    if isinstance(factor, float):
+        buffer.add_(added, alpha=factor)
+    else:
+        buffer.add_(added * factor)
+
+
+def scale_and_shift(values: Tensor, factor: Any, offset: Any) -> Tensor:
+    """`factor values + offset` in place, for numbers or tensors of one element."""
+    if isinstance(factor, float):
+        start = torch.tensor(offset, dtype=values.dtype)
+        return torch.add(start, values, alpha=factor, out=values)
+    return values.mul_(factor).add_(offset)
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Square roots, in new memory.
+
+    On a CPU by way of the reciprocal's: torch's own goes through a library that is several times
+    slower on some processors.
+    """
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        return values.rsqrt().reciprocal_()
+    return values.sqrt()
 
 
 def change_gradient(stretch: Stretch, change: Callable[[Tensor], Tensor]) -> None:

@@ -29,7 +29,7 @@ class RadialProjection(Part):
     (channels), or else over the tensor as one vector. The direction then loses its part along the
     weight, row by row or as a whole, and weight decay is `wd_ratio` of the usual.
 
-    Each tensor is decided on the device, without waiting for it. Groups may say
+    Each tensor is decided on its device: one on a GPU is not waited for. Groups may say
     `projection="off"` or `"force"` (the test by channels passes), and `channel_dim` for layers
     whose output channels are not the first dimension (transposed convolutions: 1).
 
@@ -97,7 +97,11 @@ class RadialProjection(Part):
             )
             channel = number["channels"] % view.ndim
             rows = [_rows(part, channel) for part in (weight, gradient, travel)]
-            amount, share = self._radial(rows[0], rows[1], rows[2], number)
+            found = self._radial(rows[0], rows[1], rows[2], number)
+            if found is None:
+                shares.append(None)
+                continue
+            amount, share = found
             shape = [1] * view.ndim
             shape[channel] = -1
             travel.addcmul_(weight, amount.view(shape), value=-1)
@@ -108,19 +112,22 @@ class RadialProjection(Part):
 
     def _radial(
         self, weight: Tensor, gradient: Tensor, travel: Tensor, number: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """How much of each row of the weight the direction loses; the share of weight decay.
 
-        All three are given as rows, one a channel.
+        All three are given as rows, one a channel. On a CPU None where it loses nothing; a GPU
+        would have to be waited for to know.
         """
         lengths = torch.linalg.vector_norm(weight, dim=1)
         slopes = torch.linalg.vector_norm(gradient, dim=1)
         inner = torch.linalg.vecdot(weight, gradient)
-        along = torch.linalg.vecdot(weight, travel)
         below = number["projected_below"]
         by_row = _cosine(inner, lengths, slopes, self.eps).max() < below / weight.shape[1] ** 0.5
         length, slope = torch.linalg.vector_norm(lengths), torch.linalg.vector_norm(slopes)
         at_once = _cosine(inner.sum(), length, slope, self.eps) < below / weight.numel() ** 0.5
+        if weight.device.type == "cpu" and not (by_row or at_once):
+            return None
+        along = torch.linalg.vecdot(weight, travel)
         rows = along / (lengths + self.eps).square()
         whole = (along.sum() / (length + self.eps).square()).expand_as(rows)
         amount = torch.where(by_row, rows, torch.where(at_once, whole, torch.zeros_like(rows)))

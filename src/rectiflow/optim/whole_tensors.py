@@ -71,8 +71,9 @@ def _laid(
     """Some weights with all that belongs to them, and where their blocks are."""
     spans = [bucket.spans[index] for index in indices]
     begin, end = spans[0][0], spans[-1][1]
-    if len(indices) == 1:
-        raw = flats[indices[0]].to(bucket.dtype)
+    if sum(bucket.sizes[index] for index in indices) == end - begin:
+        rows = [flats[index] for index in indices]
+        raw = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(bucket.dtype)
     else:
         raw = torch.zeros(end - begin, dtype=bucket.dtype, device=bucket.device)
         for index, (start, stop) in zip(indices, spans):
@@ -82,6 +83,8 @@ def _laid(
     param = target.to(bucket.dtype)
     gradient = Stretch.of(param, raw, state, numbers).gradient
     whole = Whole(param, raw, gradient, gradient, gradient, state, numbers, bucket, indices, begin)
+    if end - begin <= 2 * buckets.BLOCK:
+        return whole, [slice(0, end - begin)]
     places = [
         slice(at - begin, min(at + buckets.BLOCK, stop) - begin)
         for start, stop in _runs(spans)
@@ -94,6 +97,8 @@ def _apply(parts: Sequence[Part], whole: Whole, places: Sequence[slice]) -> None
     for part in parts:
         if part.whole:
             part.apply(whole)
+        elif len(places) == 1:
+            _at_once(part, whole)
         else:
             _over_blocks(part, whole, places)
 
@@ -107,6 +112,19 @@ def _runs(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((start, stop))
     return found
+
+
+def _at_once(part: Part, whole: Whole) -> None:
+    """Apply a part to whole tensors that are little more than a block."""
+    stretch = whole.cut(slice(0, len(whole.raw)))
+    part.apply(stretch)
+    whole.gradient, whole.momentum_gradient = stretch.gradient, stretch.momentum_gradient
+    whole.direction = stretch.direction
+    # A direction may be changed in place; gradients and state may not, which some rules hand on.
+    kept = (whole.raw, whole.gradient, whole.momentum_gradient, *whole.state.values())
+    shared = {tensor.data_ptr() for tensor in kept}
+    if part.on == "direction" and whole.direction.data_ptr() in shared:
+        whole.direction = whole.direction.clone()
 
 
 def _over_blocks(part: Part, whole: Whole, places: Sequence[slice]) -> None:
