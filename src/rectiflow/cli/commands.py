@@ -34,6 +34,7 @@ COMMANDS = {
     "anagram": Command(
         "pictures that show something else when they are turned", "rectiflow.cli.anagram"
     ),
+    "sds": Command("paint a picture by score distillation", "rectiflow.cli.sds"),
     "relations": Command(
         "teach a text model who does what to whom, by a few pictures", "rectiflow.cli.relations"
     ),

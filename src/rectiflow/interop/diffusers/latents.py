@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@torch.no_grad()
 def encode_images(
     pipe: Any,
     images: Float[Tensor, "b c h w"],
@@ -22,6 +21,8 @@ def encode_images(
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b k y x"]:
     """Latents of images in [-1, 1], shifted and scaled as the pipeline's network knows them.
+
+    Gradients flow to images that require them, for score distillation; otherwise there is no graph.
 
     Args:
         pipe: the pipeline.
@@ -40,10 +41,11 @@ def encode_images(
         )
     mean, scale = _scaling(pipe.vae)
     parts = []
-    for part in images.split(batch_size):
-        found = pipe.vae.encode(part.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-        latents = found.mode() if generator is None else found.sample(generator)
-        parts.append((latents - mean.to(latents)) * scale.to(latents))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        for part in images.split(batch_size):
+            found = pipe.vae.encode(part.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+            latents = found.mode() if generator is None else found.sample(generator)
+            parts.append((latents - mean.to(latents)) * scale.to(latents))
     return torch.cat(parts)
 
 
