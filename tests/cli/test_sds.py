@@ -55,7 +55,7 @@ def test_pictures_maps_and_numbers(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 1, 8, 8, generator=generator).clamp_(-1, 1)
     expected = paint(
-        ScoreDistillation(model, ClassifierFreeGuidance(model, 7.5)),
+        ScoreDistillation(model, ClassifierFreeGuidance(model, 3.0)),
         start,
         steps=12,
         optim=PAINTING,

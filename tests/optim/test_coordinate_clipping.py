@@ -183,3 +183,92 @@ def test_bad_settings_are_refused() -> None:
         ClipCoordinates(scope="layer")
     with pytest.raises(ValueError, match="unknown base optimizer 'adamw'"):
         CoordinateClipped(params, "adamw")
+
+
+def test_smoothed_thresholds_are_a_running_geometric_mean() -> None:
+    grads = [draw(200, seed=step) * 10**step for step in range(5)]
+    p = nn.Parameter(torch.zeros(200, dtype=torch.float64))
+    optimizer = CoordinateClipped([p], Momentum(0.0), lr=1.0, smoothing=0.9, refresh=2)
+    wanted = None
+    for step, grad in enumerate(grads):
+        if step % 2 == 0:
+            now = top_threshold([grad], 0.1).log()
+            wanted = now if wanted is None else 0.9 * wanted + 0.1 * now
+        before, p.grad = p.detach().clone(), grad.clone()
+        if step == 3:
+            # A new optimizer goes on where the old one was.
+            state = optimizer.state_dict()
+            optimizer = CoordinateClipped([p], Momentum(0.0), lr=1.0, smoothing=0.9, refresh=2)
+            optimizer.load_state_dict(state)
+        optimizer.step()
+        tau = float(wanted.exp())
+        torch.testing.assert_close(before - p.detach(), grad.clamp(-tau, tau))
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_smoothed_thresholds_of_groups(scope) -> None:
+    large, small = (nn.Parameter(torch.zeros(50, dtype=torch.float64)) for _ in range(2))
+    optimizer = CoordinateClipped(
+        [{"params": [large]}, {"params": [small]}],
+        Momentum(0.0),
+        lr=1.0,
+        scope=scope,
+        smoothing=0.5,
+    )
+    for step in range(2):
+        large.grad, small.grad = 10 * draw(50, seed=step), draw(50, seed=9 + step)
+        optimizer.step()
+    logs = [group["clip_log_threshold"] for group in optimizer.param_groups]
+    if scope == "global":
+        both = [torch.cat([10 * draw(50, seed=s), draw(50, seed=9 + s)]) for s in range(2)]
+        expected = [both, both]
+    else:
+        expected = [
+            [10 * draw(50, seed=s) for s in range(2)],
+            [draw(50, seed=9 + s) for s in range(2)],
+        ]
+    for log, rows in zip(logs, expected):
+        taus = torch.stack([top_threshold([row], 0.1) for row in rows])
+        torch.testing.assert_close(log, taus.log().mean())
+
+
+def test_gradients_of_zeros_leave_a_smoothed_threshold() -> None:
+    p = nn.Parameter(torch.ones(10))
+    optimizer = CoordinateClipped([p], Momentum(0.0), lr=1.0, smoothing=0.9)
+    for grad in (draw(10).float(), torch.zeros(10), draw(10, seed=1).float()):
+        p.grad = grad
+        optimizer.step()
+    assert p.isfinite().all()
+    assert optimizer.param_groups[0]["clip_log_threshold"].isfinite()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"smoothing": 1.0}, "smoothing must be in"),
+        ({"smoothing": 0.9, "scope": "tensor"}, "are not smoothed"),
+        ({"smoothing": 0.9, "where": "update", "scope": "group"}, "are not smoothed"),
+        ({"refresh": 5}, "give smoothing too"),
+        ({"smoothing": 0.9, "refresh": 0}, "refresh must be > 0"),
+    ],
+)
+def test_smoothing_that_cannot_be_is_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipCoordinates(**options)
+
+
+def test_normalized_and_sign_descent() -> None:
+    grads = [draw(30, 4), draw(5, seed=1), torch.zeros(3, dtype=torch.float64)]
+    for base in ("normalized-sgd", "sign-sgd"):
+        params = given(grads)
+        optimizer = CoordinateClipped(params, base, lr=0.1, fraction=0.2)
+        optimizer.step()
+        tau = top_threshold(grads, 0.2)
+        for p, grad in zip(params, grads):
+            clipped = grad.clamp(-tau, tau)
+            size = clipped.norm() / clipped.numel() ** 0.5
+            wanted = clipped / size if base == "normalized-sgd" and size > 0 else clipped.sign()
+            torch.testing.assert_close(p.detach(), -0.1 * wanted)
+            if size > 0:
+                # The memory is of the clipped gradient, not of the step.
+                torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], clipped)

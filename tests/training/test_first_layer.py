@@ -73,7 +73,7 @@ def test_layers_of_images_and_what_looking_changes():
     net = build("unet", shape=(1, 8, 8), width=8, multipliers=(1, 2), blocks=1, attention=())
     method = FlowMatching(FlowModel(net, shape=(1, 8, 8)), Independent(torch.randn(4, 1, 8, 8)))
     state = torch.random.get_rng_state()
-    path = train_first_layer(method, method.phases(), 0.3, Draw.of(2), processes=2)
+    path = train_first_layer(method, method.phases(), 0.3, Draw.of(2), gram="allreduce")
     assert torch.equal(torch.random.get_rng_state(), state)
     layer = net.get_submodule(path)
     assert type(layer) is TrActConv2d
@@ -90,6 +90,14 @@ def test_another_layer_may_be_named():
     moved = [name for name in plain if not torch.allclose(trained[name], plain[name], rtol=1e-4)]
     assert moved == [f"net.{layers[-1]}.weight"]
     assert torch.equal(first[moved[0]], plain[moved[0]])
+
+
+@pytest.mark.parametrize("gram", [None, "local", "allreduce"])
+def test_whose_inputs_are_looked_at_may_be_said(gram):
+    method = make_method()
+    Trainer(method, TrainerSettings(tract=0.1, tract_gram=gram))
+    (layer,) = (m for m in method.model.net.modules() if isinstance(m, TrActLinear))
+    assert layer.tract.gram == (gram or "local")
 
 
 def test_modules_are_on_their_device_before_the_layer_is_looked_for(monkeypatch):
@@ -117,8 +125,12 @@ def test_modules_are_on_their_device_before_the_layer_is_looked_for(monkeypatch)
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="which layer --tract takes: add --tract"):
+    with pytest.raises(ValueError, match="--tract-layer says how --tract trains a layer"):
         TrainerSettings(tract_layer="body.0")
+    with pytest.raises(ValueError, match="--tract-gram says how --tract trains a layer"):
+        TrainerSettings(tract_gram="local")
+    with pytest.raises(ValueError, match="unknown tract_gram 'all'"):
+        TrainerSettings(tract=0.1, tract_gram="all")
     with pytest.raises(ValueError, match="unknown layer 'bodi'"):
         train(1, tract_layer="bodi")
     with pytest.raises(ValueError, match="tract must be > 0"):

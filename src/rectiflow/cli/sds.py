@@ -55,7 +55,7 @@ class Settings:
     negative: str | None = None
     """A text to guide away from."""
     guidance: float | str | None = None
-    """Guidance: a scale, or cfg:4,stop=0.8; by default 101 for prompts, as in the paper, 7.5 for
+    """Guidance: a scale, or cfg:4,stop=0.8; by default 101 for prompts, as in the paper, 3 for
     labels. 1 for none."""
     kind: Literal["sds", "csd"] = "sds"
     """Score distillation, or the classifier part of guidance alone."""
@@ -187,7 +187,7 @@ def _field(settings: Settings, opened: Opened) -> Any:
     """The model under guidance; None for as it is."""
     if settings.kind == "csd" or (settings.guidance is None and not opened.model.conditional):
         return None
-    usual = 101.0 if opened.prompts else 7.5
+    usual = 101.0 if opened.prompts else 3.0
     scale = usual if settings.guidance is None else settings.guidance
     return guided_by(opened.model, scale, negative=opened.negative)
 

@@ -51,6 +51,7 @@ __getattr__, __dir__, __all__ = attach(
             "plain_gradients",
             "remove_tract",
         ),
+        "whole_directions": ("Sign", "UnitTensors"),
         "whole_gradients": ("CentreGradients", "ClipNorm"),
     },
 )

@@ -22,6 +22,8 @@ SCOPES = ("global", "group", "tensor")
 PLACES = ("gradient", "momentum", "update")
 # Elements of which a sample is sorted to find where the threshold must lie.
 SAMPLE = 65_536
+# Where groups keep the logarithm of their threshold, and for how many steps they did.
+MEMORY, AGE = "clip_log_threshold", "clip_steps"
 # What NumPy knows as well.
 NUMPY = (torch.float32, torch.float64)
 
@@ -213,9 +215,14 @@ class ClipCoordinates(Part):
             whole one: the paper's Adam); or "update" (the direction). Thresholds of both gradients
             are those of the whole one.
         threshold_scale: factor on the threshold.
+        smoothing: weight of earlier thresholds in a running geometric mean, such as 0.9; 0 takes
+            each step's own. For thresholds of gradients over groups; an extension of ours.
+        refresh: steps between looks for the quantile where the threshold is smoothed: the search
+            costs more than the rest of a step of SGD.
 
     Raises:
-        ValueError: a fraction outside [0, 1), an unknown scope or place.
+        ValueError: numbers out of range, an unknown scope or place, smoothing of thresholds that
+            belong to tensors or updates, refreshing of thresholds that are not smoothed.
 
     Source: arXiv 2306.00204, algorithms 1 to 4.
     """
@@ -224,6 +231,8 @@ class ClipCoordinates(Part):
     scope: str = "global"
     where: str = "gradient"
     threshold_scale: float = 1.0
+    smoothing: float = 0.0
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
@@ -235,6 +244,20 @@ class ClipCoordinates(Part):
         if self.where == "update" and self.scope == "global":
             raise ValueError("updates are made group by group: clip them with scope='group'")
         positive("threshold_scale", self.threshold_scale)
+        positive("refresh", self.refresh)
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
+        if self.smoothing and self.whole:
+            raise ValueError(
+                "thresholds of single tensors and of updates are not smoothed: take scope='global' "
+                "or 'group' and where='gradient' or 'momentum'"
+            )
+        if self.refresh > 1 and not self.smoothing:
+            raise ValueError("only a smoothed threshold outlives its step: give smoothing too")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {MEMORY: None, AGE: 0} if self.smoothing else {}
 
     @property
     def on(self) -> str:  # type: ignore[override]
@@ -257,9 +280,27 @@ class ClipCoordinates(Part):
     ) -> Iterable[dict[str, Tensor]]:
         if self.scope == "global":
             every = [grad for _, grads in groups for grad in grads]
-            found = self._tau(every) if every else None
-            return [{} if found is None else {"clip_above": found} for _ in groups]
-        return [{"clip_above": self._tau(grads)} for _, grads in groups]
+            if not every:
+                return [{} for _ in groups]
+            found = self._kept([group for group, _ in groups], every)
+            return [{"clip_above": found} for _ in groups]
+        return [{"clip_above": self._kept([group], grads)} for group, grads in groups]
+
+    def _kept(self, groups: Sequence[Mapping[str, Any]], values: Sequence[Tensor]) -> Tensor:
+        """The threshold of values that belong to groups, smoothed where that is asked for."""
+        if not self.smoothing:
+            return self._tau(values)
+        memory, age = groups[0][MEMORY], groups[0][AGE]
+        if memory is None or age % self.refresh == 0:
+            now = _threshold(values, self.fraction).log()
+            if memory is not None:
+                mixed = self.smoothing * memory.to(now) + (1 - self.smoothing) * now
+                # Where all gradients are zero there is nothing to learn.
+                now = torch.where(now.isinf(), memory.to(now), mixed)
+            memory = now
+        for group in groups:
+            group[MEMORY], group[AGE] = memory, age + 1  # type: ignore[index]
+        return memory.exp() * self.threshold_scale
 
     def _tau(self, values: Sequence[Tensor]) -> Tensor:
         return _threshold(values, self.fraction) * self.threshold_scale

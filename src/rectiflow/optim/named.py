@@ -10,9 +10,10 @@ from rectiflow.optim.chained import ChainedOptimizer, Params
 from rectiflow.optim.coordinate_clipping import ClipCoordinates
 from rectiflow.optim.directions import Adagrad, Adam, Lion, Momentum
 from rectiflow.optim.friction import Friction
-from rectiflow.optim.parts import Direction
+from rectiflow.optim.parts import Direction, Part
 from rectiflow.optim.radial_projection import RadialProjection
 from rectiflow.optim.split_sign import SplitSign
+from rectiflow.optim.whole_directions import Sign, UnitTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,10 +239,12 @@ class AdAdaGradNorm(ChainedOptimizer):
 
 
 # Bases of clipped optimizers: the rule, and the fraction that the paper clips.
-BASES: dict[str, tuple[Any, float]] = {
-    "sgd": (Momentum, 0.1),
-    "adam": (Adam, 0.5),
-    "lion": (Lion, 0.5),
+BASES: dict[str, tuple[tuple[Any, ...], float]] = {
+    "sgd": ((Momentum,), 0.1),
+    "normalized-sgd": ((Momentum, UnitTensors), 0.1),
+    "sign-sgd": ((Momentum, Sign), 0.1),
+    "adam": ((Adam,), 0.5),
+    "lion": ((Lion,), 0.5),
 }
 
 
@@ -250,13 +253,16 @@ class CoordinateClipped(ChainedOptimizer):
 
     Args:
         params: weights or groups.
-        base: "sgd", "adam" or "lion", or a direction rule such as `Momentum(0.9, 0.9)`.
+        base: "sgd", "normalized-sgd" (each tensor's step has a root mean square of the learning
+            rate), "sign-sgd", "adam" or "lion", or a direction rule such as `Momentum(0.9, 0.9)`.
         lr: learning rate; clipped SGD takes 5 to 10 times that of SGD.
         fraction: share of the coordinates to clip; the paper's for the base by default.
         scope: see `ClipCoordinates`.
         where: see `ClipCoordinates`; "momentum" (Adam's second moments see the whole gradient) by
             default for adam, "gradient" for the others.
         threshold_scale: see `ClipCoordinates`.
+        smoothing: see `ClipCoordinates`.
+        refresh: see `ClipCoordinates`.
         weight_decay: decoupled weight decay.
         maximize: go up.
         compile: see `ChainedOptimizer`.
@@ -278,21 +284,25 @@ class CoordinateClipped(ChainedOptimizer):
         scope: str = "global",
         where: str | None = None,
         threshold_scale: float = 1.0,
+        smoothing: float = 0.0,
+        refresh: int = 1,
         weight_decay: float = 0.0,
         maximize: bool = False,
         compile: bool = False,
     ) -> None:
-        rule, usual = (base, 0.1) if isinstance(base, Direction) else _base(base)
-        adaptive = isinstance(rule, Adam)
+        parts, usual = ((base,), 0.1) if isinstance(base, Direction) else _base(base)
+        adaptive = isinstance(parts[0], Adam)
         clip = ClipCoordinates(
             usual if fraction is None else fraction,
             scope,
             where or ("momentum" if adaptive else "gradient"),
             threshold_scale,
+            smoothing,
+            refresh,
         )
         super().__init__(
             params,
-            [clip, rule],
+            [clip, *parts],
             lr=lr,
             weight_decay=weight_decay,
             maximize=maximize,
@@ -300,12 +310,12 @@ class CoordinateClipped(ChainedOptimizer):
         )
 
 
-def _base(name: str) -> tuple[Direction, float]:
-    """The rule of a name and the fraction that is clipped for it."""
+def _base(name: str) -> tuple[tuple[Part, ...], float]:
+    """The parts of a name, the rule first, and the fraction that is clipped for it."""
     if name not in BASES:
         raise unknown("base optimizer", name, BASES)
-    kind, fraction = BASES[name]
-    return kind(), fraction
+    kinds, fraction = BASES[name]
+    return tuple(kind() for kind in kinds), fraction
 
 
 class SplitSGD(ChainedOptimizer):

@@ -22,7 +22,7 @@ def train_first_layer(
     draw: Draw,
     *,
     layer: str | None = None,
-    processes: int = 1,
+    gram: str = "local",
 ) -> str:
     """Let TrAct train the layer of the model's network that sees the data first, in place.
 
@@ -34,7 +34,7 @@ def train_first_layer(
         lam: damping.
         draw: a small draw for that.
         layer: path in the network of another layer to take.
-        processes: how many share a batch; with several the inputs' second moment is theirs all.
+        gram: whose inputs' second moment is taken, see `TrActSettings`.
 
     Returns:
         the path of the layer in the network.
@@ -57,5 +57,4 @@ def train_first_layer(
         raise ValueError(
             f"TrAct trains layers, and the weights of {path!r} are frozen: leave it out"
         )
-    gram = "allreduce" if processes > 1 else "local"
     return apply_tract(net, lam, layer=path, relative=True, gram=gram)

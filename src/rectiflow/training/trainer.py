@@ -18,6 +18,7 @@ from rectiflow.errors import NonFiniteLossError, positive, require, unknown
 from rectiflow.flows.couplings import Draw
 from rectiflow.flows.fields import FlowModel
 from rectiflow.optim.coordinate_clipping import clip_coordinates_
+from rectiflow.optim.tract import GRAMS
 from rectiflow.optim.tract_layers import remove_tract
 from rectiflow.training import checkpoints, curvature, optimizers
 from rectiflow.training.acceleration import flat, make_accelerator
@@ -70,6 +71,9 @@ class TrainerSettings:
     mean square; the flag alone means 0.1."""
     tract_layer: str | None = None
     """Path in the network of the layer that --tract trains so, in place of the first."""
+    tract_gram: str | None = None
+    """Whose inputs --tract takes the second moment of: local, of each process alone, or allreduce,
+    of all that share a batch, the default."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "checkpoint_every", "keep", "log_every"):
@@ -91,8 +95,11 @@ class TrainerSettings:
                     f"{self.optim.name} reads curvature off gradients, and --tract changes those "
                     "of the first layer: choose one of them"
                 )
-        elif self.tract_layer is not None:
-            raise ValueError("--tract-layer says which layer --tract takes: add --tract")
+        elif self.tract_layer is not None or self.tract_gram is not None:
+            flag = "--tract-layer" if self.tract_layer is not None else "--tract-gram"
+            raise ValueError(f"{flag} says how --tract trains a layer: add --tract")
+        if self.tract_gram not in (None, *GRAMS):
+            raise unknown("tract_gram", self.tract_gram, GRAMS)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -184,7 +191,7 @@ class Trainer:
                 self.settings.tract,
                 look,
                 layer=self.settings.tract_layer,
-                processes=processes,
+                gram=self.settings.tract_gram or ("allreduce" if processes > 1 else "local"),
             )
         if self.settings.compile and isinstance(method.model.net, nn.Module):
             method.model.net.compile()
