@@ -71,6 +71,47 @@ def test_tests_that_always_pass_train_as_a_constant_batch():
 # Properties
 
 
+def test_samples_may_be_counted_in_place_of_steps(tmp_path):
+    growth = replace(GROWTH, samples=200)
+    optim = OptimizerSettings(learning_rate=0.01, schedule="linear")
+    seen = []
+
+    def look(one: Trainer, step: int) -> None:
+        (group,) = one.optimizers[0].param_groups
+        seen.append((one.batches.before(step), group["lr"]))
+
+    whole = trainer(500, tmp_path / "whole", growth=growth, optim=optim)
+    whole.callbacks = [look]
+    model = whole.fit()
+    totals = [0, *(total for total, _ in seen)]
+    # The first step that reaches them is the last.
+    assert totals[-2] < 200 <= totals[-1]
+    assert totals[2] - totals[1] < totals[-1] - totals[-2]
+    for before, (_, rate) in zip(totals, seen):
+        assert rate == pytest.approx(0.01 * (1 - before / 200))
+    # What is at its end stays there, and what was cut off ends at the same place.
+    again = trainer(500, tmp_path / "whole", growth=growth, optim=optim).fit(resume=True)
+    assert torch.equal(weights(again), weights(model))
+    cut = trainer(500, tmp_path / "cut", growth=growth, optim=optim)
+    cut.callbacks = [lambda one, step: one.finish_early() if step == 3 else None]
+    cut.fit()
+    resumed = trainer(500, tmp_path / "cut", growth=growth, optim=optim).fit(resume=True)
+    assert torch.equal(weights(resumed), weights(model))
+
+
+def test_steps_still_end_a_training_of_many_samples():
+    found = trainer(3, growth=replace(GROWTH, samples=10_000))
+    found.fit()
+    assert found.step == 3
+
+
+def test_samples_are_for_batches_that_grow():
+    with pytest.raises(ValueError, match="add --batch-size auto"):
+        TrainerSettings(growth=GrowthSettings(samples=100))
+    with pytest.raises(ValueError, match="samples must be > 0"):
+        GrowthSettings(samples=0)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("first, micro, parts", [(8, 3, 2), (14, 16, 4), (34, 5, 2)])
 def test_parts_of_all_processes_are_the_batch(processes, first, micro, parts):

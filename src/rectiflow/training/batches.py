@@ -35,9 +35,14 @@ class GrowthSettings:
     """Parts of a tested batch, whose gradients show the noise."""
     lr_scaling: str = "none"
     """What the learning rate follows as batches grow: none, sqrt or linear."""
+    samples: int | None = None
+    """Samples to train on in all: training ends with them and schedules of the rate follow their
+    count; --steps is then the most updates, of which --optim.warmup is a share."""
 
     def __post_init__(self) -> None:
         self.controller(1)
+        if self.samples is not None:
+            positive("samples", self.samples)
         if self.parts < 2:
             raise ValueError(f"one gradient shows no noise: parts must be >= 2, got {self.parts}")
 

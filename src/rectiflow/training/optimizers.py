@@ -126,7 +126,7 @@ def build(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> to
     return _BUILDERS[settings.name](trained, settings, settings.betas or usual)
 
 
-def rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+def rate(settings: OptimizerSettings, step: float, steps: int) -> float:
     """The learning rate at a step of `steps`.
 
     Example:

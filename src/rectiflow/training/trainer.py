@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from numbers import Integral
@@ -241,15 +242,15 @@ class Trainer:
         since = self.step
         with (
             interruptible() as interrupted,
-            bar(self.title, settings.steps, start=self.step, shown=shown) as progress,
+            self._progress(shown) as progress,
         ):
             numbers: dict[str, float] = {}
-            while self.step < settings.steps and not self._enough:
+            while not self._ends:
                 self._update(window)
                 self.step += 1
                 for callback in self.callbacks:
                     callback(self, self.step)
-                last = self.step == settings.steps or self._enough
+                last = self._ends
                 stop = self._agreed(interrupted.is_set())
                 due = last or stop or self.step % settings.checkpoint_every == 0
                 if due or self.step % settings.log_every == 0:
@@ -262,7 +263,7 @@ class Trainer:
                     self._save()
                 if stop and not last:
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
-                progress.update(self.step, **numbers)
+                progress.update(self.step if self._budget is None else self._samples, **numbers)
         # Not `end_training`, which would take the process group from whatever comes next.
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -285,6 +286,28 @@ class Trainer:
         model = self.method.model
         return self.ema.averaged(model).eval() if self.settings.ema else model.eval()
 
+    @property
+    def _budget(self) -> int | None:
+        """Samples to train on in all, where they and not the steps are counted."""
+        return self.settings.growth.samples
+
+    @property
+    def _samples(self) -> int:
+        """Samples of the finished steps."""
+        return self.batches.before(self.step)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether the present step is the last one."""
+        spent = self._budget is not None and self._samples >= self._budget
+        return spent or self._enough or self.step >= self.settings.steps
+
+    def _progress(self, shown: bool) -> AbstractContextManager[Any]:
+        """The progress bar, in samples where they are counted."""
+        if self._budget is not None:
+            return bar(self.title, self._budget, start=self._samples, unit="samples", shown=shown)
+        return bar(self.title, self.settings.steps, start=self.step, shown=shown)
+
     def _update(self, window: Tensor) -> None:
         """One training step: every phase that is due, then the average."""
         settings, accelerator = self.settings, self.accelerator
@@ -298,9 +321,10 @@ class Trainer:
             options, optimizer = self._options[index], self._optimizers[index]
             module = self._modules[index]
             for group in optimizer.param_groups:
-                since = self.step - phase.first
-                rate = optimizers.rate(options, since, settings.steps - phase.first)
-                group["lr"] = rate * self.batches.lr_factor
+                since, steps = float(self.step - phase.first), settings.steps - phase.first
+                if self._budget is not None:
+                    since = steps * self._samples / self._budget
+                group["lr"] = optimizers.rate(options, since, steps) * self.batches.lr_factor
             draws = [partial(self._draw, size, rows) for rows in self.batches.micros()]
             curvature.refresh_if_due(optimizer.optimizer, phase, draws)
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
