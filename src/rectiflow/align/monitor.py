@@ -110,7 +110,7 @@ class RewardCurve:
         if self._log is None:
             main = trainer.accelerator.is_main_process
             self._log = MetricsLog(self.file if main else None, step - 1)
-        if step % self.every == 0 or step == trainer.settings.steps:
+        if step % self.every == 0 or trainer.ends:
             numbers = self.method.take()
             self.rows.append({"step": step, **numbers})
             self._log.write(step, numbers)
@@ -152,7 +152,7 @@ class EarlyStop:
         self._kept: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def __call__(self, trainer: Trainer, step: int) -> None:
-        if step % self.every and step != trainer.settings.steps:
+        if step % self.every and not trainer.ends:
             return
         model = trainer.method.model
         value = self.held_out(model)

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         ),
         "eigenpairs": ("Eigenpair", "lanczos", "power_iteration", "top_eigenpair"),
         "features": ("FeatureResponse", "feature_response"),
+        "friction_weights": ("FrictionReport", "FrictionWeights"),
         "groups": ("Groups", "alternation", "extremes", "matched_groups", "random_groups"),
         "heavy": ("HeavyCoordinates", "heavy_coordinates"),
         "hessian": ("Hessian",),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from rectiflow.diagnose.friction_weights import FrictionWeights
 from rectiflow.diagnose.opposing_signals import OpposingSignals
 from rectiflow.diagnose.probes import FlowProbe
 from rectiflow.diagnose.scale_invariance import ScaleInvariance
@@ -31,6 +32,7 @@ class Entry:
 
 
 DIAGNOSES = {
+    "friction": Entry(lambda probe, every, size: FrictionWeights(every=every), "diffgrad"),
     "opposing-signals": Entry(
         lambda probe, every, size: OpposingSignals(probe(), every=every, batch_size=size),
         "opposing-signals",

@@ -73,7 +73,7 @@ class Watch:
         if not trainer.accelerator.is_main_process:
             return
         self.observe(step, trainer.optimizers[0])
-        if step == trainer.settings.steps and self.folder is not None:
+        if trainer.ends and self.folder is not None:
             drawn = {
                 d.name: d.draw(self.rows[d.name], self.folder / FOLDER) for d in self.diagnoses
             }

@@ -102,15 +102,20 @@ class Friction(Part):
         if self.relative:
             spread = square_root(stretch.state["exp_avg_sq"]).div_(stretch.numbers["change_root"])
             change.div_(spread.add_(stretch.numbers["eps"]))
+        weight = self.weigh(change)
+        before.copy_(now)
+        stretch.direction = weight.mul_(stretch.direction)
+
+    def weigh(self, change: Tensor) -> Tensor:
+        """The weights of directions by changes of gradients, `g_before - g`, whose memory it uses."""
         # In place: a new block of memory costs as much as the arithmetic.
         change = SHAPES[self.shape](change)
         if self.slope != 1:
             change.mul_(self.slope)
         weight = change.sigmoid()
-        before.copy_(now)
         if self.scale != 1 or self.offset:
             weight.mul_(self.scale).add_(self.offset)
-        stretch.direction = weight.mul_(stretch.direction)
+        return weight
 
 
 PRESETS: dict[str, tuple[str, float, float, float]] = {

@@ -245,12 +245,12 @@ class Trainer:
             self._progress(shown) as progress,
         ):
             numbers: dict[str, float] = {}
-            while not self._ends:
+            while not self.ends:
                 self._update(window)
                 self.step += 1
                 for callback in self.callbacks:
                     callback(self, self.step)
-                last = self._ends
+                last = self.ends
                 stop = self._agreed(interrupted.is_set())
                 due = last or stop or self.step % settings.checkpoint_every == 0
                 if due or self.step % settings.log_every == 0:
@@ -277,6 +277,12 @@ class Trainer:
         self._enough = True
 
     @property
+    def ends(self) -> bool:
+        """Whether the step that is finished was the last one."""
+        spent = self._budget is not None and self._samples >= self._budget
+        return spent or self._enough or self.step >= self.settings.steps
+
+    @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizer of each phase, for callbacks that look at rates or state."""
         return [prepared.optimizer for prepared in self._optimizers]
@@ -295,12 +301,6 @@ class Trainer:
     def _samples(self) -> int:
         """Samples of the finished steps."""
         return self.batches.before(self.step)
-
-    @property
-    def _ends(self) -> bool:
-        """Whether the present step is the last one."""
-        spent = self._budget is not None and self._samples >= self._budget
-        return spent or self._enough or self.step >= self.settings.steps
 
     def _progress(self, shown: bool) -> AbstractContextManager[Any]:
         """The progress bar, in samples where they are counted."""
