@@ -107,7 +107,7 @@ class Friction(Part):
         stretch.direction = weight.mul_(stretch.direction)
 
     def weigh(self, change: Tensor) -> Tensor:
-        """The weights of directions by changes of gradients, `g_before - g`, whose memory it uses."""
+        """Weights of directions by changes of gradients, `g_before - g`, whose memory it uses."""
         # In place: a new block of memory costs as much as the arithmetic.
         change = SHAPES[self.shape](change)
         if self.slope != 1:
